@@ -1,0 +1,47 @@
+"""Matrix products on weights that oneDNN has laid out for this CPU in advance.
+
+Packing a weight once makes products up to 2.4 times as fast for few rows and fuses the GELU into them. In float32
+it has a second use: a row of the result has the same bits however many rows are computed with it (from two rows
+on), which ordinary ``F.linear`` does not promise. So a sequence embeds to the same bits alone or in any batch.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def packing_available() -> bool:
+    """Whether this torch has the two (private) operators that TorchInductor itself uses, and they work here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        rows, weight, bias = torch.ones(2, 16), torch.ones(16, 16), torch.ones(16)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        result = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(result, F.linear(rows, weight, bias))
+
+
+def pack_weight(weight: Tensor) -> Tensor | None:
+    """``[o, i]`` in oneDNN's layout, or None where packing is not possible (device, dtype, build)."""
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not packing_available():
+        return None
+    with torch.no_grad():
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return packed
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """``x @ weight.T + bias`` on a packed weight, then exact (erf) GELU if asked: ``[n, i] -> [n, o]``. No gradient."""
+    if len(x) == 0:
+        return x.new_empty(0, packed.shape[0])
+    rows = x if len(x) > 1 else x.expand(2, -1)  # one row alone takes a matrix-vector kernel with other rounding
+    activation, form = ("gelu", "none") if gelu else ("none", "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), packed, bias, activation, [], form)
+    return y[: len(x)]

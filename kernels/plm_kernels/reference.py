@@ -1,0 +1,87 @@
+"""The formulas, in plain PyTorch and without tricks: what every kernel of this package must equal.
+
+Letters: n packed tokens, b sequences, t tokens of one sequence, h heads, d head size.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """A bias on attention logits that depends on the distance ``key - query`` alone.
+
+    ``table`` is ``[h, 2 * D + 1]``: one value per head for each distance from ``-D`` to ``D``; farther
+    keys share the value at the edge. Added to the scaled logits.
+    """
+
+    table: Tensor
+
+    def dense(self, length: int) -> Tensor:
+        """The bias of one sequence written out, ``[h, t, t]``, rows are queries."""
+        reach = (self.table.shape[-1] - 1) // 2
+        position = torch.arange(length, device=self.table.device)
+        distance = (position[None, :] - position[:, None]).clamp(-reach, reach)
+        return self.table[:, distance + reach]
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, scale: float, causal: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """``softmax(scale * q k^T + bias)`` of one sequence: q, k ``[t, h, d]`` -> ``[h, t, t]``, each row sums to 1.
+
+    The softmax runs in float32 at least.
+    """
+    logits = scale * torch.einsum("qhd,khd->hqk", q, k)
+    if bias is not None:
+        logits = logits + bias
+    if causal:
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(future, -torch.inf)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return logits.softmax(-1, dtype=precise).to(q.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    bias: RelativeBias | None = None,
+) -> Tensor:
+    """Attention within each packed sequence, one sequence after the other: ``[n, h, d] -> [n, h, d]``."""
+    bounds = offsets.tolist()
+    mixed = []
+    for start, stop in pairwise(bounds):
+        dense = None if bias is None else bias.dense(stop - start)
+        weights = attention_weights(q[start:stop], k[start:stop], scale=scale, causal=causal, bias=dense)
+        mixed.append(torch.einsum("hqk,khd->qhd", weights, v[start:stop]))
+    return torch.cat(mixed) if mixed else torch.empty_like(q)
+
+
+def rotary_half(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channel ``i`` of x ``[n, h, d]`` with channel ``i + d/2`` by ``angles[n, i]`` (``[n, d/2]``, radians).
+
+    The convention of GPT-NeoX, LLaMA and ESM-2 (Su et al. 2021, with the pairs split over the two halves of a head).
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotary_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channel ``2 i`` with channel ``2 i + 1`` by ``angles[n, i]``; channels past ``2 * angles.shape[-1]`` stay.
+
+    The convention of GPT-J and ProGen2, which turn only the first ``rotary_dim`` channels of each head.
+    """
+    turned, rest = x.split((2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]), dim=-1)
+    even, odd = turned[..., 0::2], turned[..., 1::2]
+    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((turned, rest), dim=-1)
