@@ -1,0 +1,39 @@
+"""Layers that several families use with the same formula."""
+
+import torch
+import torch.nn.functional as F
+from plm_kernels import linear, pack_weight
+from torch import Tensor, nn
+
+
+class PackedWeight:
+    """A weight in the CPU's preferred layout, made at the first prediction and again whenever the weight changes."""
+
+    def __init__(self) -> None:
+        self.packed: Tensor | None = None
+        self.made_from: tuple[int, int, torch.dtype] | None = None
+
+    def of(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The packed form of ``weight``, if ``x`` can use it: on a CPU, without gradients, in a dtype oneDNN packs."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype or weight.is_inference():
+            return None
+        state = (weight.data_ptr(), weight._version, weight.dtype)
+        if self.made_from != state:
+            self.packed, self.made_from = pack_weight(weight), state
+        return self.packed
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that predicts on packed weights on a CPU; ``gelu=True`` adds the exact GELU in the same pass."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.packed = PackedWeight()
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """``[n, i] -> [n, o]``."""
+        packed = self.packed.of(x, self.weight)
+        if packed is not None:
+            return linear(x, packed, self.bias, gelu=gelu)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if gelu else y

@@ -1,0 +1,1 @@
+"""One file per family, each read top to bottom without opening another."""
