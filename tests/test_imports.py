@@ -1,0 +1,102 @@
+"""Who may import whom, read from the source; and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STANDARD = set(sys.stdlib_module_names)
+BASICS = {"plm.layers", "plm.packing", "plm.tokens"}
+VERBS = {"plm.embedding", "plm.contact_maps", "plm.conversion", "plm.verification", "plm.running", "plm.plots"}
+FILES = {"plm.sequences", "plm.outputs"}
+OPTIONAL = ["h5py", "pyarrow", "matplotlib", "transformers", "esm", "einops.layers"]
+
+# The first prefix that fits a module says what of ours and of others it may import.
+ALLOWED: dict[str, set[str]] = {
+    "plm_kernels": {"torch", "plm_kernels"},
+    "plm_weights": {"torch", "safetensors", "einops", "huggingface_hub", "plm_weights"},
+    "plm.layers": {"torch", "plm_kernels"},
+    "plm.packing": {"torch"},
+    "plm.tokens": {"torch", "plm.packing"},
+    "plm.models": {"torch", "plm_kernels", *BASICS},
+    "plm.sequences": set(),
+    "plm.outputs": {"torch", "numpy", "safetensors", "h5py", "pyarrow", "plm.outputs"},
+    "plm.loading": {"torch", "plm_weights", "plm.models", *BASICS},
+    "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.loading", *BASICS},
+    "plm.verification": {"torch", "plm_weights", "plm.loading", *BASICS, "transformers", "esm"},
+    "plm.plots": {"numpy", "matplotlib", "torch"},
+    "plm.cli": {"click", "tqdm", "torch", "huggingface_hub", "plm_weights", "plm_kernels", "plm"},
+    "plm.__main__": {"plm.cli"},
+    "plm": {"torch", "plm_weights", "plm.loading", "plm.models", *BASICS, *VERBS, *FILES},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for root in (ROOT, ROOT / "kernels", ROOT / "weights"):
+        for package in ("plm", "plm_kernels", "plm_weights"):
+            for path in sorted((root / package).rglob("*.py")):
+                parts = path.relative_to(root).with_suffix("").parts
+                found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write whole names, not relative imports"
+            names |= {node.module or ""} | {
+                f"{node.module}.{alias.name}" for alias in node.names if node.module == "plm"
+            }
+    return {name for name in names if name.split(".")[0] not in STANDARD}
+
+
+def violations(module: str, names: set[str]) -> list[str]:
+    layer = next(
+        prefix for prefix in (*sorted(ALLOWED, key=len, reverse=True),) if f"{module}.".startswith(f"{prefix}.")
+    )
+    allowed = ALLOWED[layer]
+    return [
+        f"{module} must not import {name}"
+        for name in sorted(names)
+        if not any(f"{name}.".startswith(f"{good}.") for good in allowed) and name != "plm"
+    ]
+
+
+def test_nothing_imports_upward() -> None:
+    found = modules()
+    assert {"plm.models.esm", "plm_kernels.rotary", "plm_weights.keymap"} < found.keys()
+    assert [fault for module, path in found.items() for fault in violations(module, imported(path))] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("plm_kernels.rotary", "plm.layers"),
+        ("plm_weights.esm", "plm.models.esm"),
+        ("plm.models.esm", "plm.loading"),
+        ("plm.embedding", "plm.cli"),
+    ],
+)
+def test_an_upward_import_would_be_seen(module: str, name: str) -> None:
+    assert violations(module, {name}) == [f"{module} must not import {name}"]
+
+
+def test_importing_plm_imports_nothing_heavy() -> None:
+    """`import plm` loads no torch, no numpy; and `plm.load` none of the optional libraries."""
+    code = (
+        "import sys, plm\n"
+        "assert 'torch' not in sys.modules\n"
+        "plm.load, plm.embed\n"
+        f"print([name for name in {OPTIONAL} if name in sys.modules])"
+    )
+    path = ":".join(map(str, (ROOT, ROOT / "kernels", ROOT / "weights")))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"

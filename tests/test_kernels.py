@@ -1,0 +1,184 @@
+"""Every kernel against the plain formula in plm_kernels/reference.py: values, then gradients, at odd sizes first."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from plm_kernels import (
+    RelativeBias,
+    Turns,
+    attention,
+    attention_backends,
+    linear,
+    pack_weight,
+    packing_available,
+    reference,
+    rotary_half,
+    rotary_pairs,
+)
+from torch import Tensor
+
+CPU_BACKENDS = ("segments", "dense", "reference")
+LENGTHS = [(1,), (63,), (5, 5, 5), (1, 111, 60), (2, 7, 7, 1, 64)]
+
+
+def packed_qkv(lengths: tuple[int, ...], heads: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Strided q, k, v ``[n, 3, h, d]`` as a fused projection gives them, and offsets."""
+    generator = torch.Generator().manual_seed(sum(lengths) * heads + size)
+    qkv = torch.randn(sum(lengths), 3, heads, size, generator=generator, dtype=torch.float64).to(dtype)
+    return qkv, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def relative_bias(heads: int, reach: int, dtype: torch.dtype) -> RelativeBias:
+    table = torch.randn(heads, 2 * reach + 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return RelativeBias(table.to(dtype))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "L" + "-".join(map(str, lengths)))
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_attention_equals_the_formula(backend: str, lengths: tuple[int, ...], causal: bool, bias: bool) -> None:
+    qkv, offsets = packed_qkv(lengths, heads=3, size=24, dtype=torch.float64)
+    table = relative_bias(3, 9, torch.float64) if bias else None
+    expected = reference.attention(*qkv.unbind(1), offsets, scale=0.3, causal=causal, bias=table)
+    ours = attention(
+        *qkv.unbind(1), offsets, scale=0.3, causal=causal, bias=table, max_length=max(lengths), backend=backend
+    )
+    # Float64 sums of at most 111 terms of size 1, in another order: a few hundred units of 2e-16.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_attention_in_low_precision_is_as_exact_as_the_formula(backend: str, dtype: torch.dtype) -> None:
+    qkv, offsets = packed_qkv((1, 111, 60), heads=5, size=16, dtype=dtype)
+    truth = reference.attention(*qkv.double().unbind(1), offsets, scale=0.25)
+    formula = reference.attention(*qkv.unbind(1), offsets, scale=0.25)
+    ours = attention(*qkv.unbind(1), offsets, scale=0.25, max_length=111, backend=backend)
+    # The noise floor is the formula's own error in this dtype; twice that is allowed.
+    assert (ours - truth).abs().max() <= 2 * (formula - truth).abs().max()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_attention_gradients_equal_the_formulas(backend: str, bias: bool) -> None:
+    def gradients(name: str) -> list[Tensor]:
+        qkv, offsets = packed_qkv((4, 4, 1, 13), heads=2, size=8, dtype=torch.float64)
+        qkv.requires_grad_()
+        table = relative_bias(2, 3, torch.float64)
+        table.table.requires_grad_()
+        out = attention(*qkv.unbind(1), offsets, scale=0.5, bias=table if bias else None, max_length=13, backend=name)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        return [qkv.grad, *([table.table.grad] if bias else [])]
+
+    for ours, expected in zip(gradients(backend), gradients("reference"), strict=True):
+        assert expected.abs().max() > 1e-3  # there is something to compare
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_attention_weights_are_those_that_attention_mixes_with() -> None:
+    qkv, offsets = packed_qkv((17,), heads=2, size=8, dtype=torch.float64)
+    q, k, v = qkv.unbind(1)
+    weights = reference.attention_weights(q, k, scale=0.5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 17, dtype=torch.float64))
+    mixed = torch.einsum("hqk,khd->qhd", weights, v)
+    torch.testing.assert_close(mixed, attention(q, k, v, offsets, scale=0.5, max_length=17))
+
+
+def test_a_sequence_never_sees_its_neighbour() -> None:
+    """Replace one of three packed sequences by huge numbers: the other two keep every bit."""
+    qkv, offsets = packed_qkv((6, 9, 4), heads=2, size=8, dtype=torch.float32)
+    other = qkv.clone()
+    other[6:15] = 1e15
+    for backend in CPU_BACKENDS:
+        kept = attention(*qkv.unbind(1), offsets, scale=0.3, max_length=9, backend=backend)
+        seen = attention(*other.unbind(1), offsets, scale=0.3, max_length=9, backend=backend)
+        rows = [*range(6), *range(15, 19)]
+        assert torch.equal(kept[rows], seen[rows]), backend
+
+
+def test_automatic_choice_of_a_backend() -> None:
+    from plm_kernels.packed_attention import choose_backend
+
+    on_cpu = torch.empty(1, 2, 16, dtype=torch.bfloat16)
+    assert choose_backend(on_cpu, None) == "segments"
+    assert choose_backend(torch.empty(1, 2, 16, device="meta"), None) == "dense"
+
+
+def test_wrong_arguments_say_what_is_wrong() -> None:
+    qkv, offsets = packed_qkv((3,), heads=2, size=8, dtype=torch.float32)
+    q, k, v = qkv.unbind(1)
+    with pytest.raises(ValueError, match=r"share one shape.*\[3, 2, 8\], \[3, 2, 4\]"):
+        attention(q, k[..., :4], v, offsets, scale=1, max_length=3)
+    with pytest.raises(ValueError, match=r"'flash' is unknown.*segments"):
+        attention(q, k, v, offsets, scale=1, max_length=3, backend="flash")
+    assert set(CPU_BACKENDS) < set(attention_backends())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rotary_half_equals_the_formula(dtype: torch.dtype) -> None:
+    x = torch.randn(63, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    frequencies = 1 / 10000 ** (torch.arange(0, 24, 2) / 24)
+    positions = torch.arange(63) * 7
+    angles = positions.double()[:, None] * frequencies.double()
+    ours = rotary_half(x, Turns.at(positions, frequencies, dtype))
+    # Two products and a sum: three roundings of values up to 6.
+    atol = 12 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, reference.rotary_half(x, angles), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("rotated", [8, 24], ids=["part", "whole"])
+def test_rotary_pairs_equals_the_formula(rotated: int) -> None:
+    x = torch.randn(63, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    frequencies = 1 / 10000 ** (torch.arange(0, rotated, 2) / rotated)
+    angles = torch.arange(63).double()[:, None] * frequencies.double()
+    ours = rotary_pairs(x, Turns.at(torch.arange(63), frequencies, x.dtype))
+    torch.testing.assert_close(ours, reference.rotary_pairs(x, angles), rtol=0, atol=1e-14)
+    assert torch.equal(ours[..., rotated:], x[..., rotated:])
+
+
+def test_rotary_makes_products_depend_on_distance_alone() -> None:
+    """The property that both forms exist for: <R(i) q, R(j) k> is a function of i - j."""
+    q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    frequencies = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+
+    def product(rotate: Callable[[Tensor, Turns], Tensor], i: int, j: int) -> Tensor:
+        at_i, at_j = (Turns.at(torch.tensor([at]), frequencies, q.dtype) for at in (i, j))
+        return (rotate(q, at_i) * rotate(k, at_j)).sum()
+
+    for rotate in (rotary_half, rotary_pairs):
+        torch.testing.assert_close(product(rotate, 3, 8), product(rotate, 1003, 1008), rtol=0, atol=1e-12)
+        assert (product(rotate, 3, 8) - product(rotate, 3, 9)).abs() > 1e-3
+
+
+def test_cosines_do_not_depend_on_the_batch() -> None:
+    """A float32 cosine may come from a vector unit or from its scalar tail; the tables are the same all the same."""
+    frequencies = (1 / 10000 ** (torch.arange(0, 24, 2) / 24)).half().float()
+    longest = Turns.at(torch.arange(1500), frequencies, torch.float32)
+    for length in (1, 2, 3, 5, 17, 333, 1001):
+        turns = Turns.at(torch.arange(length), frequencies, torch.float32)
+        assert torch.equal(turns.cos, longest.cos[:length])
+        assert torch.equal(turns.sin, longest.sin[:length])
+
+
+@pytest.mark.skipif(not packing_available(), reason="this torch build has no oneDNN")
+@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 52), (320, 960), (640, 33)])
+def test_packed_linear(inputs: int, outputs: int, gelu: bool) -> None:
+    """Values as exact as torch's own, and the same bits for a row however many rows there are."""
+    generator = torch.Generator().manual_seed(inputs)
+    x, weight, bias = (torch.randn(*s, generator=generator) for s in ((260, inputs), (outputs, inputs), (outputs,)))
+    packed = pack_weight(weight)
+    assert packed is not None
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        y = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        return y * 0.5 * (1 + torch.erf(y / 2**0.5)) if gelu else y
+
+    with torch.inference_mode():
+        whole = linear(x, packed, bias, gelu=gelu)
+        truth, plain = formula(torch.float64), formula(torch.float32)
+        assert (whole - truth).abs().max() <= 2 * (plain - truth).abs().max()
+        for rows in (0, 1, 2, 3, 17, 128, 259):
+            assert torch.equal(linear(x[:rows], packed, bias, gelu=gelu), whole[:rows]), rows
