@@ -1,0 +1,398 @@
+"""torch's pickled checkpoints (``.bin``, ``.pt``, ``.pth``), read without running anything that lies in them.
+
+A pickle is a program for a small stack machine. ``unpickle`` is that machine without its dangerous half: a name that
+the pickle refers to becomes a :class:`Global`, which is nothing but the name, so there is never anything to import or
+to call. The few names that saved tensors need are interpreted here; any other name is refused.
+
+Both containers that ``torch.save`` has written are read, little-endian only:
+
+- zip (torch >= 1.6): records ``<root>/data.pkl`` and ``<root>/data/<key>``, stored uncompressed;
+- legacy: five pickles (magic, protocol, system, object, storage keys), then each storage's int64 count and bytes.
+
+Opening a file reads the pickles and finds the storages. The bytes of a tensor are read when it is asked for, so what
+nobody asks for (two thirds of the published ESM-1b file are optimizer state) is never read.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import re
+import struct
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from plm_weights.errors import CheckpointError
+
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+LONGEST_READ = 2**28  # bytes; the pickle of the largest checkpoint is a few megabytes
+
+STORAGES: dict[str, torch.dtype] = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.storage.UntypedStorage": torch.uint8,  # counted in bytes
+}
+# Younger dtypes have no storage class: torch stores their bytes and names the dtype itself.
+DTYPES: dict[str, torch.dtype] = {
+    f"torch.{name}": getattr(torch, name)
+    for name in (
+        *("complex32", "uint16", "uint32", "uint64"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
+    if hasattr(torch, name)
+}
+ALLOWED = {
+    *STORAGES,
+    *DTYPES,
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "collections.OrderedDict",
+    "argparse.Namespace",
+}
+
+LITERALS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+CONSTANTS = {  # opcodes that push their argument
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+}
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name that a pickle refers to. It stands for itself: nothing is imported."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of numbers in the file: its key, its dtype and the element count that the pickle claims."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: ``offset`` and ``stride`` count elements of ``dtype`` within ``storage``."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to one past the last; 0 for an empty tensor."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+
+class Namespace(dict[str, object]):
+    """What an ``argparse.Namespace`` held, by name."""
+
+
+class TorchFile:
+    """A ``torch.save`` file: ``root`` is the saved object, with a :class:`StoredTensor` where a tensor was.
+
+    Raises: CheckpointError naming the file and the reason: here for all that can be known without reading a tensor
+    (torn, hostile, foreign), in ``read`` if the file changed since.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _Bounded(io.FileIO(path)) as file:
+            try:
+                self.root, storages, self._places = _open_zip(file) if file.peek(2)[:2] == b"PK" else _open_legacy(file)
+                for storage in storages:
+                    if storage.bytes > self._places[storage.key][1]:
+                        raise ValueError(f"its storage {storage.key} is shorter than {storage.bytes:,} bytes")
+            except ERRORS as error:
+                reason = "its pickle is malformed" if isinstance(error, LookupError) else error
+                raise CheckpointError(f"{path} cannot be read as a torch checkpoint: {reason}") from error
+
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """The tensor with its own memory, strided as it was saved; of its storage only the needed span is read."""
+        size = tensor.dtype.itemsize
+        buffer = bytearray(tensor.span * size)
+        with self.path.open("rb") as file:
+            file.seek(self._places[tensor.storage.key][0] + tensor.offset * size)
+            if file.readinto(buffer) != len(buffer):
+                raise CheckpointError(f"{self.path} became shorter while it was read")
+        flat = torch.frombuffer(buffer, dtype=tensor.dtype) if buffer else torch.empty(0, dtype=tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride)
+
+
+# what a damaged file makes of the code below and of zipfile, which raises NotImplementedError for a wrong version
+ERRORS = (ValueError, TypeError, LookupError, OSError, NotImplementedError, struct.error, zipfile.BadZipFile)
+Places = dict[str, tuple[int, int]]  # storage key -> first byte in the file, bytes
+
+
+class _Bounded(io.BufferedReader):
+    """A file that refuses to be read in pieces so large that only a torn or hostile pickle asks for them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LONGEST_READ:
+            raise ValueError(f"its pickle claims an item of {size:,} bytes; it is torn or hostile")
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return super().readline(LONGEST_READ)
+
+
+def _open_zip(file: _Bounded) -> tuple[object, list[Storage], Places]:
+    end = file.seek(0, io.SEEK_END)
+    places: Places = {}
+    for record in zipfile.ZipFile(file).infolist():
+        file.seek(record.header_offset)
+        signature, *_, name_length, extra_length = struct.unpack("<4s5H3I2H", file.read(30))
+        begin = record.header_offset + 30 + name_length + extra_length
+        if signature != b"PK\x03\x04" or begin + record.file_size > end:
+            raise ValueError(f"its record {record.filename!r} does not lie in the file, which is torn")
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"its record {record.filename!r} is compressed, which torch.save never does")
+        if record.filename in places:
+            raise ValueError(f"it has two records {record.filename!r}")
+        places[record.filename] = begin, record.file_size
+
+    roots = [name.removesuffix("data.pkl") for name in places if re.fullmatch(r"[^/]*/data\.pkl", name)]
+    if len(roots) != 1:
+        raise ValueError("it is a zip archive, but not one of torch.save: it has no record <name>/data.pkl")
+
+    def content(name: str) -> bytes:
+        file.seek(places[name][0])
+        return file.read(places[name][1])
+
+    order = roots[0] + "byteorder"
+    if order in places and content(order) != b"little":
+        raise ValueError("it was written on a big-endian machine; save it again on a little-endian one")
+    root, storages = unpickle(io.BytesIO(content(roots[0] + "data.pkl")))
+    prefix = roots[0] + "data/"
+    places = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
+    if missing := sorted({storage.key for storage in storages} - places.keys()):
+        raise ValueError(f"its storages {', '.join(missing[:10])} are missing; the file is torn")
+    return root, storages, places
+
+
+def _open_legacy(file: _Bounded) -> tuple[object, list[Storage], Places]:
+    if unpickle(file)[0] != LEGACY_MAGIC or unpickle(file)[0] != LEGACY_PROTOCOL:
+        raise ValueError("it is not a file of torch.save")
+    system = unpickle(file)[0]
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError("it was written on a big-endian machine; save it again on a little-endian one")
+    root, storages = unpickle(file)
+    keys = unpickle(file)[0]
+    by_key = {storage.key: storage for storage in reversed(storages)}  # of several claims, the first holds
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(by_key):
+        raise ValueError("its list of storages is not that of its tensors")
+
+    position = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    places: Places = {}
+    for key in keys:
+        file.seek(position)
+        (count,) = struct.unpack("<q", file.read(8).ljust(8, b"\xff"))  # short: -1
+        position += 8
+        size = count * by_key[key].dtype.itemsize
+        if count < 0 or position + size > end:
+            raise ValueError(f"it ends within storage {len(places) + 1} of {len(keys)}; the file is torn")
+        places[key] = position, size
+        position += size
+    return root, storages, places
+
+
+def unpickle(file: IO[bytes]) -> tuple[object, list[Storage]]:
+    """The object of the next pickle in ``file``, with tensors as :class:`StoredTensor`, and the storages it names.
+
+    Raises: ValueError, LookupError or TypeError for anything that ``torch.save`` does not write for plain tensors.
+    """
+    stack: list[object] = []
+    marks: list[int] = []
+    memo: dict[int, object] = {}
+    storages: list[Storage] = []
+
+    def since_mark() -> list[object]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for opcode, argument, _ in pickletools.genops(file):
+        match opcode.name:
+            case name if name in CONSTANTS:
+                stack.append(argument)
+            case name if name in LITERALS:
+                stack.append(LITERALS[name])
+            case "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append([] if opcode.name == "EMPTY_LIST" else {})
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "LIST":
+                stack.append(since_mark())
+            case "DICT":
+                items = since_mark()
+                stack.append({})
+                _fill(stack[-1], items[::2], items[1::2])
+            case "MARK":
+                marks.append(len(stack))
+            case "APPEND":
+                item = stack.pop()
+                _list(stack[-1]).append(item)
+            case "APPENDS":
+                items = since_mark()
+                _list(stack[-1]).extend(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _fill(stack[-1], [key], [value])
+            case "SETITEMS":
+                items = since_mark()
+                _fill(stack[-1], items[::2], items[1::2])
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                memo[_count(argument)] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(memo[_count(argument)])
+            case "GLOBAL":
+                stack.append(_global(*str(argument).split(" ", 1)))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(_global(module, attribute))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_result(function, arguments))
+            case "BUILD":
+                state = stack.pop()
+                if isinstance(stack[-1], Namespace):
+                    _fill(stack[-1], list(_dict(state)), list(_dict(state).values()))
+                else:
+                    _dict(stack[-1])  # attributes of an OrderedDict (``_metadata`` of a state dict): not kept
+            case "BINPERSID":
+                storages.append(_storage(stack.pop()))
+                stack.append(storages[-1])
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop(), storages
+            case other:
+                told = f"{other} {argument or ''}"[:200].strip()
+                raise ValueError(f"its pickle has {told!r}, which torch.save does not write. Nothing in it was run")
+    raise ValueError("its pickle does not end")
+
+
+# No message below prints more of the pickle than strings and sizes: the repr of nested references can fill any memory.
+
+
+def _global(module: object, attribute: object) -> Global:
+    if not isinstance(module, str) or not isinstance(attribute, str):
+        raise TypeError("its pickle refers to a name that is not a string")
+    name = f"{module}.{attribute}"
+    if name not in ALLOWED:
+        raise ValueError(
+            f"its pickle refers to {name[:200]!r}, which no checkpoint of plain tensors needs. Nothing in it was run. "
+            "If you trust its author, load it with the program that wrote it and save the tensors as safetensors"
+        )
+    return Global(name)
+
+
+def _result(function: object, arguments: object) -> object:
+    """What the few calls of a saved tensor mean."""
+    name = function.name if isinstance(function, Global) else type(function).__name__
+    match name, arguments:
+        case "collections.OrderedDict", ():
+            return {}
+        case "argparse.Namespace", ():
+            return Namespace()
+        case "torch._utils._rebuild_parameter", (StoredTensor() as tensor, *_):
+            return tensor
+        case "torch._utils._rebuild_tensor_v2", (Storage() as storage, offset, shape, stride, _, _, *rest):
+            return _tensor(storage, storage.dtype, offset, shape, stride, rest)
+        case "torch._utils._rebuild_tensor_v3", (
+            Storage() as storage, offset, shape, stride, _, _, Global(name=dtype), *rest
+        ) if dtype in DTYPES:  # fmt: skip
+            return _tensor(storage, DTYPES[dtype], offset, shape, stride, rest)
+    raise ValueError(f"its pickle calls {name} with arguments that torch.save does not write")
+
+
+def _tensor(
+    storage: Storage, dtype: torch.dtype, offset: object, shape: object, stride: object, rest: list[object]
+) -> StoredTensor:
+    if any(rest):
+        raise ValueError("it holds a conjugated or negated view; save a plain tensor")
+    tensor = StoredTensor(storage, dtype, _count(offset), _counts(shape), _counts(stride))
+    if len(tensor.shape) != len(tensor.stride) or len(tensor.shape) > 64:
+        raise ValueError(f"it holds a tensor of {len(tensor.shape)} axes with {len(tensor.stride)} strides")
+    reach = (tensor.offset + tensor.span) * dtype.itemsize if tensor.span else 0
+    if reach > storage.bytes or prod(size or 1 for size in tensor.shape) * dtype.itemsize >= 2**63:
+        raise ValueError(f"it holds a tensor {tensor.shape} larger than its storage of {storage.bytes:,} bytes")
+    return tensor
+
+
+def _storage(identity: object) -> Storage:
+    match identity:
+        # the legacy format adds a None, which once was a view of another storage
+        case ("storage", Global(name=kind), str(key), _, count) | (
+            "storage", Global(name=kind), str(key), _, count, None
+        ) if kind in STORAGES:  # fmt: skip
+            return Storage(key, STORAGES[kind], _count(count))
+    raise ValueError("its pickle refers to something outside itself that is not the storage of a plain tensor")
+
+
+def _fill(target: object, keys: list[object], values: list[object]) -> None:
+    for key, value in zip(keys, values, strict=True):
+        # Hashing a tuple of nested references could take forever.
+        if not isinstance(key, str | bytes | int | float | None):
+            raise TypeError(f"its pickle has a {type(key).__name__} as the key of a dict")
+        _dict(target)[key] = value
+
+
+def _dict(value: object) -> dict[object, object]:
+    if not isinstance(value, dict):
+        raise TypeError(f"its pickle treats a {type(value).__name__} as a dict")
+    return value
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise TypeError(f"its pickle treats a {type(value).__name__} as a list")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError("its pickle has something else where a count belongs")
+    return value
+
+
+def _counts(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple):
+        raise TypeError(f"its pickle has a {type(value).__name__} where a shape belongs")
+    return tuple(map(_count, value))

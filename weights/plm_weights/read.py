@@ -1,0 +1,252 @@
+"""Checkpoint files in, checkpoint files out: names, shapes and dtypes before data, one tensor at a time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from plm_weights.errors import CheckpointError
+from plm_weights.pickles import StoredTensor, TorchFile
+
+PICKLES = (".bin", ".pt", ".pth")
+SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name. Each access reads the file, so take a tensor once and let it go.
+
+    ``meta`` gives names, shapes and dtypes without reading data. ``extras`` is what else the file holds: the
+    ``__metadata__`` of safetensors, or the non-tensor part of a pickle. A tensor of a safetensors file is a view of a
+    private memory map: to write into it, clone it.
+    """
+
+    meta: dict[str, Tensor] = field(repr=False)
+    extras: Mapping[str, object] = field(repr=False)
+    files: tuple[Path, ...]
+    read: Callable[[str], Tensor] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.meta:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta)
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+
+def open_tensors(path: str | Path) -> TensorSource:
+    """The tensors of a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file, or of the shards of an ``.index.json``.
+
+    Of a pickle, the tensors are those of its ``"model"`` (fair-esm, fairseq) if it has one, else those at its top.
+
+    Raises: CheckpointError if a file is missing, torn, foreign or hostile.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there (or not a file); give a checkpoint file")
+    if path.name.endswith(".index.json"):
+        return _open_shards(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in PICKLES:
+        return _open_pickle(path)
+    raise CheckpointError(f"{path}: unknown suffix; wanted .safetensors, {', '.join(PICKLES)} or .index.json")
+
+
+def read_fair_esm(path: str | Path) -> TensorSource:
+    """A fair-esm ``.pt``, joined with the ``<stem>-contact-regression.pt`` beside it where there is one."""
+    path = Path(path)
+    regression = _regression_beside(path)
+    model = open_tensors(path)
+    if not regression.is_file():
+        return model
+    head = open_tensors(regression)
+    if twice := sorted(model.meta.keys() & head.meta.keys()):
+        raise CheckpointError(f"{', '.join(twice)}: both in {path} and in {regression}; remove one of the two")
+    return TensorSource(
+        meta=model.meta | head.meta,
+        extras=model.extras,
+        files=model.files + head.files,
+        read=lambda name: head[name] if name in head.meta else model[name],
+    )
+
+
+def _regression_beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-contact-regression.pt")
+
+
+def _open_safetensors(path: Path) -> TensorSource:
+    try:
+        handle = safe_open(path, framework="pt")
+        with path.open("rb") as file:  # the library has checked the header, but lets a repeated name pass
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_without_repeats)
+        extras = header.pop("__metadata__", {})
+        meta = {}
+        for name, entry in header.items():
+            dtype = getattr(torch, SAFETENSORS_DTYPES.get(entry["dtype"], ""), None)
+            if dtype is None:
+                raise ValueError(f"{name} has dtype {entry['dtype']}, which this torch does not know")
+            meta[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is torn or not a safetensors file: {error}") from error
+    return TensorSource(meta, extras, (path,), handle.get_tensor)
+
+
+def _open_pickle(path: Path) -> TensorSource:
+    file = TorchFile(path)
+    if not isinstance(file.root, dict):
+        raise CheckpointError(f"{path} holds a {type(file.root).__name__}, not a dict of tensors")
+    extras = dict(file.root)
+    body: dict[object, object] = extras
+    if isinstance(model := extras.get("model"), dict) and any(isinstance(t, StoredTensor) for t in model.values()):
+        del extras["model"]
+        body = model
+    stored = {name: tensor for name, tensor in body.items() if isinstance(tensor, StoredTensor)}
+    if body is extras:
+        extras = {name: value for name, value in extras.items() if name not in stored}
+    elif others := body.keys() - stored.keys():
+        raise CheckpointError(f"{path}: its model holds things that are not tensors: {sorted(map(str, others))}")
+    if not stored:
+        raise CheckpointError(f"{path} has no tensors at its top or under 'model', only {sorted(map(str, extras))}")
+    if nameless := [name for name in stored if not isinstance(name, str)]:
+        raise CheckpointError(f"{path} has tensors under keys that are not names: {nameless[:5]}")
+    tensors = {str(name): tensor for name, tensor in stored.items()}
+    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    named = {str(name): value for name, value in extras.items()}
+    return TensorSource(meta, named, (path,), lambda name: file.read(tensors[name]))
+
+
+def _open_shards(path: Path) -> TensorSource:
+    try:
+        index = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
+        places = index["weight_map"]
+        if not all(isinstance(shard, str) for shard in places.values()):
+            raise TypeError("its weight_map does not map names to file names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a shard index: {error}") from error
+
+    faults: list[str] = []
+    shards: dict[str, TensorSource] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or "\\" in shard or shard.endswith(".index.json"):
+            faults.append(f"{shard!r}: not the name of a checkpoint file in the folder of the index")
+            continue
+        try:
+            shards[shard] = open_tensors(path.with_name(shard))
+        except CheckpointError as error:
+            faults.append(str(error))
+    indexed = {(name, shard) for name, shard in places.items() if shard in shards}
+    held = {(name, shard) for shard, source in shards.items() for name in source}
+    faults += [f"{name}: the index says it is in {shard}, which does not have it" for name, shard in indexed - held]
+    faults += [f"{name}: in {shard}, but the index does not say so" for name, shard in held - indexed]
+    if faults:
+        advice = "Get the shards and their index again from one revision."
+        raise CheckpointError("\n  ".join([f"{path} and its shards disagree:", *sorted(faults)]) + f"\n{advice}")
+    return TensorSource(
+        meta={name: shards[shard].meta[name] for name, shard in places.items()},
+        extras={name: value for source in shards.values() for name, value in source.extras.items()},
+        files=(path, *(file for source in shards.values() for file in source.files)),
+        read=lambda name: shards[places[name]][name],
+    )
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        repeated = sorted({name for name, _ in pairs if [key for key, _ in pairs].count(name) > 1})
+        raise ValueError(f"{', '.join(repeated)} described more than once")
+    return result
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that is either whole or not there. A tensor with two names is written twice."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        separate[name] = whole.clone() if whole.data_ptr() in seen else whole
+        seen.add(whole.data_ptr())
+    with _replacing(Path(path)) as temporary:
+        save_file(separate, temporary, dict(metadata))
+
+
+def write_fair_esm(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors with fair-esm's names as its loader wants them: the model, and its contact regression beside it.
+
+    ``config`` has the keywords of our ESM config. Each of the two files is either whole or not there. A tensor with two
+    names stays one: fair-esm clears the ``<mask>`` row of the embedding, and with it that of the head.
+
+    Raises: ValueError where fair-esm could not load the result: it reads the architecture and whether there is a
+    contact regression off the file's name, and fixes some numbers (fair-esm 2.0.0, esm/pretrained.py, esm/model/).
+    """
+    path = Path(path)
+    beside = _regression_beside(path)
+    rotary = config["learned_positions"] is None
+    head = {name: tensor.detach() for name, tensor in tensors.items() if name.startswith("contact_head.")}
+    body = {name: tensor.detach() for name, tensor in tensors.items() if name not in head}
+    faults = {
+        "the name must end in .pt": path.suffix != ".pt",
+        "the name must start with esm2 exactly when positions are rotary": path.stem.startswith("esm2") != rotary,
+        "the name must contain esm1v exactly when there is no contact head": ("esm1v" in path.stem) == bool(head),
+        "ESM-2 must have feed_forward = 4 * channels": rotary and config["feed_forward"] != 4 * config["channels"],
+        "norm_eps must be 1e-5": config["norm_eps"] != 1e-5,
+        f"{beside.name} must not be there, as the model has no contact head": beside.exists() and not head,
+    }
+    if any(faults.values()):
+        raise ValueError(f"{path}: fair-esm could not load it: {'; '.join(why for why, bad in faults.items() if bad)}")
+
+    arguments = argparse.Namespace(
+        encoder_layers=config["layers"],
+        encoder_embed_dim=config["channels"],
+        encoder_ffn_embed_dim=config["feed_forward"],
+        encoder_attention_heads=config["heads"],
+        token_dropout=config["token_dropout"],
+    )
+    whole: dict[str, object]
+    if rotary:
+        whole = {"args": None, "cfg": {"model": arguments}, "model": body}
+    else:
+        arguments.arch = "roberta_large"
+        arguments.max_positions = config["learned_positions"] - 2  # the table starts at padding_idx + 1 = 2
+        whole = {"args": arguments, "model": body}
+    if head:
+        _save({"model": head}, beside)
+    _save(whole, path)
+
+
+def _save(content: object, path: Path) -> None:
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that takes the place of ``path`` when all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
