@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from plm_kernels import linear, pack_weight
 from torch import Tensor, nn
+
+from plm_kernels import linear, pack_weight
 
 
 class PackedWeight:

@@ -13,11 +13,11 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from plm_kernels import Turns, attention, attention_weights, linear, rotary_half
 from torch import Tensor, nn
 
 from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
+from plm_kernels import Turns, attention, attention_weights, linear, rotary_half
 
 VOCABULARY = 33
 CLS, PAD, EOS, MASK = 0, 1, 2, 32

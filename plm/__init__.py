@@ -1,0 +1,63 @@
+"""Protein language models in plain PyTorch: load a published checkpoint, get numbers about proteins.
+
+    model = plm.load("esm2-650m")
+    plm.embed(model, "MKTVRQERLKSIVRILERSKEPVSG")[0]        # [25, 1280], one row per residue
+
+Public names are imported when first used, so that ``import plm`` costs little more than ``import torch``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "plm.loading": ("Model", "available", "load"),
+    "plm.packing": ("Packed",),
+    "plm.embedding": ("embed",),
+    "plm.contact_maps": ("contacts",),
+    "plm.conversion": ("convert",),
+    "plm.verification": ("Report", "verify"),
+    "plm.sequences": ("InputError",),
+    "plm_weights.errors": ("CheckpointError", "DownloadError", "KeyMapError", "UnknownModelError"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CheckpointError",
+    "DownloadError",
+    "InputError",
+    "KeyMapError",
+    "Model",
+    "Packed",
+    "Report",
+    "UnknownModelError",
+    "available",
+    "contacts",
+    "convert",
+    "embed",
+    "load",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from plm.contact_maps import contacts
+    from plm.conversion import convert
+    from plm.embedding import embed
+    from plm.loading import Model, available, load
+    from plm.packing import Packed
+    from plm.sequences import InputError
+    from plm.verification import Report, verify
+    from plm_weights.errors import CheckpointError, DownloadError, KeyMapError, UnknownModelError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'plm' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

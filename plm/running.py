@@ -1,0 +1,92 @@
+"""What every verb does before and around the forward pass: encode, check, batch, run, and check what came out."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from plm.loading import Model
+from plm.packing import Packed, batches
+from plm.sequences import Fault, InputError
+
+Run = Callable[[Packed], list[Tensor]]
+"""One batch to one tensor per sequence."""
+
+
+def as_list(sequences: str | Iterable[str]) -> list[str]:
+    """One string or many, as a list."""
+    return [sequences] if isinstance(sequences, str) else list(sequences)
+
+
+def encode(model: Model, sequences: Sequence[str], names: Sequence[str] | None = None) -> list[bytes]:
+    """Residue ids of every sequence, one byte each.
+
+    Raises: InputError with every sequence that is empty, too long for the model, or has a letter that it does not know,
+        before anything is computed.
+    """
+    limit = model.net.config.max_length
+    rows, faults = [], []
+    for i, sequence in enumerate(sequences):
+        name = names[i] if names else str(i)
+        try:
+            row = model.tokenizer.residues(sequence)
+        except ValueError as error:
+            faults.append(Fault(str(error), "mend or leave out the sequence", record=i + 1, id=name))
+            continue
+        if not row:
+            faults.append(Fault("the sequence is empty", "leave it out", record=i + 1, id=name))
+        elif limit is not None and len(row) + 2 > limit:
+            reason = f"{len(row):,} residues; {model.checkpoint.name} takes at most {limit - 2:,}"
+            faults.append(
+                Fault(reason, "cut the sequence into domains, or use ESM-2, which has no limit", record=i + 1, id=name)
+            )
+        rows.append(row)
+    if faults:
+        raise InputError("sequences", faults)
+    return rows
+
+
+def default_max_tokens(device: torch.device) -> int:
+    """Tokens per batch: enough to fill the machine, few enough to stay in its caches and memory."""
+    return 65_536 if device.type == "cuda" else 4_096
+
+
+def run(
+    model: Model, rows: Sequence[bytes], forward: Run, max_tokens: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(index, result on the CPU) of every row, as batches finish, longest rows first.
+
+    A batch that does not fit into the device's memory is halved until it does.
+
+    Raises:
+        FloatingPointError: a result has a NaN or an infinity.
+        MemoryError: a single sequence does not fit.
+    """
+    pending = list(batches([len(row) + 2 for row in rows], max_tokens or default_max_tokens(model.device)))
+    pending.reverse()
+    while pending:
+        batch = pending.pop()
+        try:
+            results = _forward(model, [rows[i] for i in batch], forward)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise MemoryError(
+                    f"a sequence of {len(rows[batch[0]]):,} residues does not fit into the memory of {model.device}; "
+                    "use dtype='bfloat16' or device='cpu'"
+                ) from error.with_traceback(None)  # the traceback would keep the batch's tensors alive
+            pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+            continue
+        for i, result in zip(batch, results, strict=True):
+            if not result.isfinite().all():
+                raise FloatingPointError(
+                    f"sequence {i + 1} gave a NaN or an infinity in {model.dtype}; check the weights with "
+                    "`plm verify`, or use dtype='float32'"
+                )
+            yield i, result
+
+
+def _forward(model: Model, rows: Sequence[bytes], forward: Run) -> list[Tensor]:
+    with torch.inference_mode():
+        results = forward(model.tokenizer.pack_residues(rows).to(model.device))
+        # Half-precision results widen exactly, and then every numpy function takes them.
+        return [result.to("cpu", torch.promote_types(result.dtype, torch.float32), copy=True) for result in results]

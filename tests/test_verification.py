@@ -1,0 +1,89 @@
+"""`verify` compares with numbers of others, and fails when a weight is wrong."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import plm
+from plm.verification import Finding, Report, published_values, values
+from plm_weights.checks import Check
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.mark.parametrize("form", ["", "esm2_tiny.pt"], ids=["transformers", "fair-esm"])
+def test_verify_asks_the_library_that_the_files_were_published_for(golden: Path, form: str) -> None:
+    report = plm.verify(golden / "esm" / "esm2_tiny" / form)
+    assert report.passed, str(report)
+    assert [finding.source.split(",")[0] for finding in report.findings] == ["fair-esm" if form else "transformers"]
+    assert "1 of 1 comparisons passed" in str(report)
+    assert report.as_dict()["passed"] is True
+
+
+@pytest.mark.parametrize("fault", ["swapped", "transposed"])
+def test_verify_fails_on_wrong_weights(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The library reads the good files, our model the spoiled ones: a swap or a transposition cannot pass."""
+    good = golden / "esm" / "esm2_tiny"
+    for name in ("config.json", "vocab.txt"):
+        shutil.copyfile(good / name, tmp_path / name)
+    tensors = load_file(good / "model.safetensors")
+    query, key = (f"esm.encoder.layer.2.attention.self.{name}.weight" for name in ("query", "value"))
+    if fault == "swapped":
+        tensors[query], tensors[key] = tensors[key], tensors[query]
+    else:
+        tensors[query] = tensors[query].T.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    from plm import verification
+
+    theirs = verification.transformers_logits
+    monkeypatch.setattr(verification, "transformers_logits", lambda _: theirs(good))
+    report = plm.verify(tmp_path)
+    assert not report.passed
+    assert report.findings[0].error > 10
+    assert "FAIL" in str(report)
+
+
+def test_half_precision_is_judged_by_its_own_noise(golden: Path) -> None:
+    report = plm.verify(golden / "esm" / "esm2_tiny", dtype="bfloat16")
+    assert report.dtype == "bfloat16"
+    assert report.passed, str(report)
+
+
+def test_published_values_of_every_kind(golden: Path) -> None:
+    """Each kind of check takes the matrix it names: the model's own float64 numbers pass, and not if moved."""
+    model = plm.load(golden / "esm" / "esm2_tiny", dtype="float64")
+    for what in ("logits", "probabilities", "log_odds", "nll", "hidden", "mean", "contacts"):
+        layer = 2 if what in ("hidden", "mean") else None
+        check = Check(what, (0,), (0,), ((0.0,),), "self", "none", 1e-9, 0.0, "float64", "MKT<mask>V", layer=layer)
+        matrix = values(model, check)
+        shapes = {"nll": (1, 1), "mean": (1, 32), "hidden": (7, 32), "contacts": (5, 5)}
+        assert tuple(matrix.shape) == shapes.get(what, (7, 33)), what
+        right = dataclasses.replace(check, expected=((matrix[0, 0].item(),),))
+        wrong = dataclasses.replace(check, expected=((matrix[0, 0].item() + 1e-3,),))
+        assert right.error(matrix) <= 1 < wrong.error(matrix)
+
+
+def test_registry_checks_are_used_and_widened_in_half_precision(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that calls itself esm2-8m is held to that row's numbers, which a tiny twin cannot meet."""
+    model = plm.load(golden / "esm" / "esm2_tiny", dtype="float64")
+    wide = torch.zeros(70, 400, dtype=torch.float64)
+    monkeypatch.setattr("plm.verification.values", lambda model, check: wide)
+    named = dataclasses.replace(model, checkpoint=dataclasses.replace(model.checkpoint, name="esm2-8m"))
+    findings = list(published_values(named))
+    assert len(findings) >= 3
+    assert not any(finding.passed for finding in findings if "logits" in finding.what)
+    half = dataclasses.replace(named, net=model.net.to(torch.bfloat16))
+    assert all("bfloat16" in finding.allowed for finding in published_values(half))
+
+
+def test_a_report_without_comparisons_does_not_pass() -> None:
+    empty = Report("x", "cpu", "float32", ())
+    assert not empty.passed
+    assert "nothing to compare with" in str(empty)
+    assert not Finding("x", "y", float("nan"), "1").passed
