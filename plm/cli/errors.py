@@ -1,0 +1,53 @@
+"""Exit codes, and which error ends in which."""
+
+from enum import IntEnum
+
+
+class Code(IntEnum):
+    """What a shell script learns from ``plm``."""
+
+    DONE = 0
+    USAGE = 2  # click's own
+    SOME_FAILED = 3
+    BAD_INPUT = 4  # or an output that cannot be written
+    BAD_MODEL = 5  # or weights, or network
+    OUT_OF_MEMORY = 6
+    INTERRUPTED = 130  # 128 + SIGINT
+    CLOSED_PIPE = 141  # 128 + SIGPIPE
+
+
+def code_of(error: BaseException) -> Code | None:
+    """The exit code for an error that users can meet; None for a bug, whose traceback is wanted."""
+    from plm.sequences import InputError
+
+    if isinstance(error, KeyboardInterrupt):
+        return Code.INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return Code.CLOSED_PIPE
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _tells_of_memory(str(error))):
+        return Code.OUT_OF_MEMORY
+    if isinstance(error, InputError | OSError):
+        return Code.BAD_INPUT
+    if isinstance(error, FloatingPointError):
+        return Code.BAD_MODEL
+    if isinstance(error, ValueError):
+        from plm_weights.errors import CheckpointError  # late, for it imports torch
+
+        return Code.BAD_MODEL if isinstance(error, CheckpointError) else Code.BAD_INPUT
+    return None
+
+
+def message_of(error: BaseException) -> str:
+    """One or a few lines for people."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if code_of(error) == Code.OUT_OF_MEMORY:
+        return f"out of memory: {str(error).splitlines()[0]}\nWhat to do: a smaller --max-tokens, --dtype or model"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _tells_of_memory(message: str) -> bool:
+    """torch has an error class for the memory of CUDA devices only; for the rest there is its wording."""
+    return any(words in message for words in ("out of memory", "can't allocate memory", "not enough memory"))

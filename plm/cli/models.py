@@ -1,0 +1,71 @@
+"""``plm models``: what can be loaded by name."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from plm.cli import options
+from plm.cli.table import table
+
+if TYPE_CHECKING:
+    from plm_weights.registry import Checkpoint
+
+HEAD = ("NAME", "FAMILY", "PARAMETERS", "LICENCE", "HERE", "SOURCE", "")
+
+
+@click.command()
+@options.as_json
+def models(as_json: bool) -> int:
+    """List the models that are known by name.
+
+    A hub id (organisation/name), a folder or a file works as a model, too.
+    """
+    from plm.loading import available
+
+    rows = [describe(row) for row in available()]
+    click.echo(json.dumps(rows, indent=1) if as_json else table([HEAD, *map(line, rows)]))
+    return 0
+
+
+def describe(row: "Checkpoint") -> dict[str, object]:
+    """What people want to know of a checkpoint before they load it."""
+    return {
+        "name": row.name,
+        "aliases": row.aliases,
+        "family": row.family,
+        "parameters": row.parameters,
+        "licence": row.licence,
+        "citation": row.citation,
+        "source": row.hub or "comes with plm",
+        "revision": row.revision,
+        "note": row.note,
+        "here": is_here(row),
+    }
+
+
+def line(row: dict[str, object]) -> tuple[str, ...]:
+    parameters = row["parameters"]
+    count = f"{parameters / 1e6:,.1f} M" if isinstance(parameters, int) else "-"
+    here = "yes" if row["here"] else "no"
+    return (
+        *(str(row[key]) for key in ("name", "family")),
+        count,
+        str(row["licence"]),
+        here,
+        str(row["source"]),
+        str(row["note"]),
+    )
+
+
+def is_here(row: "Checkpoint") -> bool:
+    """Whether a set of weights lies on this machine; it is verified when it is loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from plm_weights import fetch
+
+    if row.folder is not None:
+        return bool(fetch.weight_files(Path(fetch.__file__).with_name(row.folder)))
+    config = try_to_load_from_cache(row.hub or "", "config.json", revision=row.revision or "main")
+    return isinstance(config, str) and bool(fetch.weight_files(Path(config).parent))

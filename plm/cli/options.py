@@ -1,0 +1,105 @@
+"""Options that several verbs share, in the order in which ``--help`` shows them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from plm.cli.job import Job
+
+Option = Callable[[Callable[..., int]], Callable[..., int]]
+
+NO_MODEL = (
+    "choose a model with -m: esm2-650m is the usual one, esm2-8m a small one, plm-mini (which comes with plm) is for "
+    "trying things out. `plm models` lists all; a hub id, a folder or a file works as well."
+)
+# Written out, because asking the library would import torch.
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def _model_given(context: click.Context, option: click.Parameter, value: str | None) -> str:
+    if value is None:
+        raise click.UsageError(NO_MODEL, context)
+    return value
+
+
+model = click.option(
+    "-m", "--model", callback=_model_given, metavar="NAME", help="Name, hub id, folder or file.  [required]"
+)
+device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, ...")
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 on CUDA, else float32.",
+)
+revision = click.option("--revision", help="Commit or branch on the hub.")
+offline = click.option("--offline", is_flag=True, help="Use only what is on this machine.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="On stderr only what went wrong.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+_INPUT_AND_OUTPUT: tuple[Option, ...] = (
+    click.argument("input"),
+    model,
+    click.option("-o", "--output", help="File or folder; - is stdout."),
+    click.option("--overwrite", is_flag=True, help="Replace the output, once the new one is complete."),
+)
+_HOW: tuple[Option, ...] = (
+    device,
+    dtype,
+    click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens per batch: memory, not results."),
+    revision,
+    offline,
+    click.option("--column", help="Column of a CSV or TSV that holds the sequences."),
+    click.option("--id-column", help="Column that holds their ids."),
+    click.option(
+        "--id",
+        "naming",
+        type=click.Choice(("first-word", "header", "accession", "index")),
+        default="first-word",
+        show_default=True,
+        help="What of a header is the id.",
+    ),
+    click.option(
+        "--on-stop",
+        type=click.Choice(("error", "X", "skip")),
+        default="error",
+        show_default=True,
+        help="A * inside a sequence.",
+    ),
+    click.option("--strip-gaps", is_flag=True, help="Remove - and . (aligned FASTA)."),
+    click.option(
+        "--duplicates",
+        type=click.Choice(("suffix", "error", "first")),
+        default="suffix",
+        show_default=True,
+        help="An id that comes again.",
+    ),
+    click.option("--skip-empty", is_flag=True, help="Leave out records without residues."),
+    click.option(
+        "--too-long",
+        type=click.Choice(("error", "skip")),
+        default="error",
+        show_default=True,
+        help="A sequence that is longer than the model takes.",
+    ),
+    quiet,
+    click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout."),
+)
+
+
+def takes_sequences(*own: Option) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a verb the input, the output and all options of `Job`, as its first argument, and options of its own."""
+
+    def decorate(verb: Callable[..., int]) -> Callable[..., int]:
+        def command(**given: Any) -> int:
+            job = Job(**{field.name: given.pop(field.name) for field in dataclasses.fields(Job)})
+            return verb(job, **given)
+
+        command.__name__, command.__doc__ = verb.__name__, verb.__doc__  # click's name and help of it
+        return functools.reduce(lambda done, option: option(done), reversed((*_INPUT_AND_OUTPUT, *own, *_HOW)), command)
+
+    return decorate
