@@ -68,7 +68,9 @@ def run(
         batch = pending.pop()
         try:
             results = _forward(model, [rows[i] for i in batch], forward)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             if len(batch) == 1:
                 raise MemoryError(
                     f"a sequence of {len(rows[batch[0]]):,} residues does not fit into the memory of {model.device}; "
@@ -83,6 +85,11 @@ def run(
                     "`plm verify`, or use dtype='float32'"
                 )
             yield i, result
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device (its own error class) or the CPU's allocator (a plain RuntimeError) ran out of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _forward(model: Model, rows: Sequence[bytes], forward: Run) -> list[Tensor]:

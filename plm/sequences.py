@@ -235,7 +235,7 @@ class _Collector:
         elif self.duplicates == "first":
             self.changes["{:,} records with a repeated id left out"] += 1
         else:
-            hint = "rename it, or use --dup suffix or --dup first"
+            hint = "rename it, or use --duplicates suffix or --duplicates first"
             self.faults.append(Fault("this id was used before", hint, line, self.seen, name))
 
     def _keep(self, name: str, header: str, sequence: bytes, line: int) -> None:

@@ -178,7 +178,9 @@ def padded_smoke() -> tuple[Tensor, Tensor]:
 
 def transformers_logits(folder: Path) -> Tensor:
     from transformers import EsmForMaskedLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     ids, mask = padded_smoke()
     theirs = EsmForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     logits: Tensor = theirs(input_ids=ids, attention_mask=mask.long()).logits[mask]

@@ -1,9 +1,12 @@
 """Every kernel against the plain formula in plm_kernels/reference.py: values, then gradients, at odd sizes first."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from plm_kernels import (
     RelativeBias,
     Turns,
@@ -16,7 +19,6 @@ from plm_kernels import (
     rotary_half,
     rotary_pairs,
 )
-from torch import Tensor
 
 CPU_BACKENDS = ("segments", "dense", "reference")
 LENGTHS = [(1,), (63,), (5, 5, 5), (1, 111, 60), (2, 7, 7, 1, 64)]
@@ -104,6 +106,30 @@ def test_automatic_choice_of_a_backend() -> None:
     on_cpu = torch.empty(1, 2, 16, dtype=torch.bfloat16)
     assert choose_backend(on_cpu, None) == "segments"
     assert choose_backend(torch.empty(1, 2, 16, device="meta"), None) == "dense"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_is_called_as_torch_defines_it(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    """The kernel itself needs CUDA. Here the arguments are bound to its real signature, and the formula answers."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    real = inspect.signature(varlen.varlen_attn)
+
+    def formula(*args: object, **kwargs: object) -> Tensor:
+        call = real.bind(*args, **kwargs).arguments
+        assert call["cu_seq_q"].dtype == torch.int32
+        assert call["max_q"] == call["max_k"] == 60
+        q, k, v = call["query"], call["key"], call["value"]
+        assert call["window_size"] == ((-1, 0) if causal else (-1, -1))
+        return reference.attention(q, k, v, call["cu_seq_q"], scale=call["scale"], causal=causal)
+
+    monkeypatch.setattr(varlen, "varlen_attn", formula)
+    qkv, offsets = packed_qkv((1, 60, 7), heads=2, size=16, dtype=torch.float64)
+    ours = attention(*qkv.unbind(1), offsets, scale=0.2, causal=causal, max_length=60, backend="varlen")
+    expected = attention(*qkv.unbind(1), offsets, scale=0.2, causal=causal, max_length=60)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match="takes no bias"):
+        bias = relative_bias(2, 3, torch.float64)
+        attention(*qkv.unbind(1), offsets, scale=1, bias=bias, max_length=60, backend="varlen")
 
 
 def test_wrong_arguments_say_what_is_wrong() -> None:

@@ -20,12 +20,13 @@ def packing_available() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        rows, weight, bias = torch.ones(2, 16), torch.ones(16, 16), torch.ones(16)
+        rows, weight, bias = torch.eye(2, 16), torch.eye(16), torch.zeros(16)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        result = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        plain = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        gelu = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "gelu", [], "none")
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
-    return torch.equal(result, F.linear(rows, weight, bias))
+    return torch.equal(plain, rows) and torch.allclose(gelu, F.gelu(rows), atol=1e-6)
 
 
 def pack_weight(weight: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ Letters: n packed tokens, b sequences, t tokens, h heads, d head size.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import groupby
 
 import torch
@@ -77,12 +78,12 @@ def choose_backend(q: Tensor, bias: RelativeBias | None) -> str:
 
 @cache
 def varlen_available() -> bool:
-    """Whether this torch (>= 2.10) carries FlashAttention for packed sequences."""
+    """Whether this torch carries FlashAttention for packed sequences, with the arguments that are used here."""
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return True
+    return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
 
 
 def runs(lengths: list[int]) -> list[tuple[int, int]]:
