@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+from plm.models.esm import ESM, Config
 from plm_weights import esm, registry
 from plm_weights.checks import Check, checks
 from plm_weights.errors import UnknownModelError
 from plm_weights.keymap import Drop, KeyMap, check, export_weights
 from plm_weights.registry import CHECKPOINTS, Checkpoint, Form, find, header
-from torch import Tensor
-
-from plm.models.esm import ESM, Config
 
 WEIGHTS = Path(registry.__file__).parent
 PUBLISHED = [row for row in CHECKPOINTS if row.header]
