@@ -50,7 +50,7 @@ def convert(
     path, _ = locate(source, revision=revision, offline=offline)
     opened = open_checkpoint(path)
     state = read_state(opened)
-    if not (opened.layout == "fair" and to == "original"):
+    if opened.layout == "fair" and to != "original":
         state = zero_mask_row(state, opened.config)
     if dtype is not None:
         precision = choose_dtype(dtype, torch.device("cpu"))

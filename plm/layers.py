@@ -1,5 +1,7 @@
 """Layers that several families use with the same formula."""
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,9 +16,16 @@ class PackedWeight:
         self.packed: Tensor | None = None
         self.made_from: tuple[int, int, torch.dtype] | None = None
 
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        """Copies and pickles start empty: oneDNN's layout cannot be copied."""
+        return type(self), ()
+
     def of(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The packed form of ``weight``, if ``x`` can use it: on a CPU, without gradients, in a dtype oneDNN packs."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype or weight.is_inference():
+        if torch.is_grad_enabled():
+            self.packed = self.made_from = None  # a step may follow that changes the weight unseen, as fused Adam does
+            return None
+        if x.device.type != "cpu" or x.dtype != weight.dtype or weight.is_inference():
             return None
         state = (weight.data_ptr(), weight._version, weight.dtype)
         if self.made_from != state:

@@ -140,7 +140,9 @@ def build(opened: Opened, device: torch.device, dtype: torch.dtype) -> esm.ESM:
     """The network of an opened checkpoint, filled and in eval mode."""
     with torch.device("meta"):
         net = esm.ESM(opened.config)
-    state = esm.zero_mask_row(opened.state(net.state_dict()), opened.config)
+    state = opened.state(net.state_dict())
+    if opened.layout == "fair":
+        state = esm.zero_mask_row(state, opened.config)
     for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
         precision = torch.float32 if name == "frequencies" else dtype
         state[name] = state[name].to(device, precision)

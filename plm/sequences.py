@@ -41,11 +41,8 @@ PACKED_SUFFIXES = (".gz", ".bgz", ".bz2", ".xz")
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 SEQUENCE_COLUMNS = ("sequence", "seq", "protein_sequence", "aa_sequence")
 ID_COLUMNS = ("id", "name", "accession", "entry", "identifier", "protein_id", "sequence_id")
-UNPACKERS: dict[bytes, Callable[[BinaryIO], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-}
+UNPACKERS: dict[bytes, Callable[[BinaryIO], Any]]
+UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 UNREADABLE = {
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8 or plain text"),
     b"\xfe\xff": ("UTF-16 text", "save it as UTF-8 or plain text"),
@@ -92,15 +89,12 @@ class InputError(ValueError):
 
     def __init__(self, source: str, faults: Iterable[Fault]) -> None:
         self.source, self.faults = source, tuple(faults)
-        shown = self.faults[:FAULTS_SHOWN]
-        if len(self.faults) == 1:
-            message = f"{source}: {shown[0]}"
-        else:
-            message = "\n  ".join([f"{source}: {len(self.faults)} faults", *map(str, shown)])
-        if len(self.faults) > FAULTS_SHOWN:
-            message += f"\n  ... and {len(self.faults) - FAULTS_SHOWN} more"
-        hints = dict.fromkeys(fault.hint for fault in shown)
-        super().__init__("\n".join([message, *(f"What to do: {hint}" for hint in hints)]))
+        shown, count = self.faults[:FAULTS_SHOWN], len(self.faults)
+        lines = [f"{source}: {shown[0]}"] if count == 1 else [f"{source}: {count} faults", *map(str, shown)]
+        if count > FAULTS_SHOWN:
+            lines.append(f"... and {count - FAULTS_SHOWN} more")
+        hints = dict.fromkeys(f"What to do: {fault.hint}" for fault in shown)
+        super().__init__("\n".join(["\n  ".join(lines), *hints]))
 
 
 @dataclass
@@ -192,7 +186,7 @@ class _Collector:
     changes: Counter[str] = field(default_factory=Counter)
     failed: list[Fault] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    ids: dict[str, int] = field(default_factory=dict)  # id -> how many records were called so
+    ids: dict[str, int] = field(default_factory=dict)  # id -> the next suffix to try when it comes again
 
     def __post_init__(self) -> None:
         for name, choices in (("on_stop", OnStop), ("duplicates", Duplicates), ("empty", Empty), ("naming", Naming)):
@@ -227,20 +221,18 @@ class _Collector:
             stop = sequence[position : position + 1] == b"*"
             skip = (self.empty == "skip" and not sequence) or (self.on_stop == "skip" and stop)
             (self.failed if skip else self.faults).append(fault)
-        elif name not in self.ids:
-            self._keep(name, header, sequence, line)
-        elif self.duplicates == "suffix":
+            return
+        if name in self.ids and self.duplicates == "suffix":
             self.changes["{:,} repeated ids made unique with a suffix (.2, .3, ...)"] += 1
-            self._keep(self._unique(name), header, sequence, line)
+            name = self._unique(name)
+        if name not in self.ids:
+            self.ids[name] = 2
+            self.records.append(Record(name, sequence.decode("ascii"), header, line))
         elif self.duplicates == "first":
             self.changes["{:,} records with a repeated id left out"] += 1
         else:
             hint = "rename it, or use --duplicates suffix or --duplicates first"
             self.faults.append(Fault("this id was used before", hint, line, self.seen, name))
-
-    def _keep(self, name: str, header: str, sequence: bytes, line: int) -> None:
-        self.ids[name] = 1
-        self.records.append(Record(name, sequence.decode("ascii"), header, line))
 
     def _name(self, header: str) -> str:
         words = header.split(maxsplit=1)
@@ -252,10 +244,9 @@ class _Collector:
         return fields[1] if self.naming == "accession" and len(fields) > 1 and fields[1] else words[0]
 
     def _unique(self, name: str) -> str:
-        while True:
+        while (candidate := f"{name}.{self.ids[name]}") in self.ids:
             self.ids[name] += 1  # remembered, so that many equal ids stay linear
-            if (candidate := f"{name}.{self.ids[name]}") not in self.ids:
-                return candidate
+        return candidate
 
     def _tidy(self, raw: bytes) -> bytes:
         """Do the changes that the policies allow, and count them."""
@@ -308,24 +299,16 @@ def _open(source: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file or stdin as a stream of unpacked bytes; told by content. All members of an archive are read (bgzip)."""
     with nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb") as file:
         stream = file if file.seekable() else io.BytesIO(file.read())  # a pipe cannot be rewound
-        start = stream.tell()
         head = stream.read(6)
-        stream.seek(start)
+        stream.seek(-len(head), os.SEEK_CUR)
         unpack = next((opener for magic, opener in UNPACKERS.items() if head.startswith(magic)), None)
         yield io.BufferedReader(unpack(stream)) if unpack else stream
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their ends, which may be LF, CRLF or CR."""
-    number = 0
-    for chunk in stream:
-        if b"\r" not in chunk:
-            number += 1
-            yield number, chunk.removesuffix(b"\n")
-            continue
-        for line in chunk.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
-            number += 1
-            yield number, line
+    chunks = (chunk.removesuffix(b"\n").removesuffix(b"\r") for chunk in stream)
+    return enumerate((line for chunk in chunks for line in chunk.split(b"\r")), 1)
 
 
 def _read(collector: _Collector, stream: BinaryIO, name: str, column: str | None, id_column: str | None) -> None:
@@ -343,8 +326,8 @@ def _read(collector: _Collector, stream: BinaryIO, name: str, column: str | None
         raise InputError(name, [Fault("empty: no sequence in it", "give a file with at least one sequence")])
     lines = itertools.chain([(number, line)], lines)
 
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes if suffix.lower() not in PACKED_SUFFIXES]
-    suffix = suffixes[-1] if suffixes else ""
+    suffixes = reversed(Path(name.lower()).suffixes)
+    suffix = next((suffix for suffix in suffixes if suffix not in PACKED_SUFFIXES), "")
     columns = {cell.strip(' "').casefold() for cell in re.split("[,;\t]", line.decode("latin-1"))}
     if line.startswith(b">"):
         if column or id_column:

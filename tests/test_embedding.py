@@ -1,5 +1,6 @@
 """What users get: residue rows, pooled vectors and contact maps, in input order, and errors before any work."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,29 @@ def test_packed_weights_follow_the_weights(golden: Path) -> None:
     assert torch.equal(plm.embed(model, "MKTV")[0], before)
     model.net.double()
     torch.testing.assert_close(plm.embed(model, "MKTV")[0], before.double(), rtol=0, atol=1e-5)
+
+
+def test_predicting_networks_can_be_copied_and_saved(golden: Path, tmp_path: Path) -> None:
+    """oneDNN's layout can be neither copied nor pickled, and once a prediction had been made neither could the network."""
+    model = plm.load(golden / "esm" / "esm2_tiny")
+    expected = plm.embed(model, "MKTV")[0]
+    twin = plm.Model(copy.deepcopy(model.net), model.tokenizer, model.checkpoint)
+    assert torch.equal(plm.embed(twin, "MKTV")[0], expected)
+    torch.save(model.net, tmp_path / "net.pt")
+    back = plm.Model(torch.load(tmp_path / "net.pt", weights_only=False), model.tokenizer, model.checkpoint)
+    assert torch.equal(plm.embed(back, "MKTV")[0], expected)
+
+
+def test_fused_optimizers_are_seen(golden: Path) -> None:
+    """A fused Adam step changes weights without telling torch's version counter; evaluation ran on the old ones."""
+    net = plm.load(golden / "esm" / "esm2_tiny").net
+    batch = plm.Packed.from_ids([[0, 5, 6, 7, 2]])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            net(batch)
+        net(batch).logits.square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        predicted = net(batch).logits
+    torch.testing.assert_close(predicted, net(batch).logits.detach(), rtol=0, atol=1e-4)

@@ -15,12 +15,15 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
-def packing_available() -> bool:
-    """Whether this torch has the two (private) operators that TorchInductor itself uses, and they work here."""
+def packing_available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this torch has the two (private) operators that TorchInductor itself uses, and they work here.
+
+    In bfloat16 they need AVX-512 or AVX-NE-CONVERT.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        rows, weight, bias = torch.eye(2, 16), torch.eye(16), torch.zeros(16)
+        rows, weight, bias = torch.eye(2, 16, dtype=dtype), torch.eye(16, dtype=dtype), torch.zeros(16, dtype=dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         plain = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
         gelu = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "gelu", [], "none")
@@ -31,7 +34,7 @@ def packing_available() -> bool:
 
 def pack_weight(weight: Tensor) -> Tensor | None:
     """``[o, i]`` in oneDNN's layout, or None where packing is not possible (device, dtype, build)."""
-    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not packing_available():
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not packing_available(weight.dtype):
         return None
     with torch.no_grad():
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())

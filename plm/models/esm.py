@@ -90,12 +90,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [n, 3 h, d]
         qk, v = qkv.split((2 * self.heads, self.heads), dim=1)
         if turns is not None:
-            # The originals scale queries before the rotation; a rotation commutes with a scale.
             qk = rotary_half(qk, turns)
         q, k = qk.chunk(2, dim=1)
+        q = q * self.scale  # on the queries and not on their products, as in the originals: the same roundings
         if watch is not None:
-            watch(q, k, self.scale)
-        mixed = attention(q, k, v, batch.offsets, scale=self.scale, max_length=batch.max_length)
+            watch(q, k)
+        mixed = attention(q, k, v, batch.offsets, scale=1.0, max_length=batch.max_length)
         return self.out(mixed.flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -182,9 +182,9 @@ class Watch:
         sizes = batch.lengths if contact_head is not None else ()
         self.logits = [like.new_zeros(max(t - 2, 0), max(t - 2, 0), dtype=precise) for t in sizes]
 
-    def __call__(self, q: Tensor, k: Tensor, scale: float) -> None:
+    def __call__(self, q: Tensor, k: Tensor) -> None:
         for i, (queries, keys) in enumerate(zip(self.batch.split(q), self.batch.split(k), strict=True)):
-            maps = attention_weights(queries, keys, scale=scale)
+            maps = attention_weights(queries, keys, scale=1.0)
             if self.maps is not None:
                 self.maps[i].append(maps)
             if self.head is not None:

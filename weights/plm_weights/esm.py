@@ -68,6 +68,15 @@ def _affine(source: str, target: str, optional: bool = False) -> KeyMap:
     return tuple(Row(f"{source}.{part}", f"{target}.{part}", optional=optional) for part in ("weight", "bias"))
 
 
+def _layer_norm(source: str, target: str) -> KeyMap:
+    """Norms that transformers 5 saves as gamma and beta, if the model was not itself loaded from weight and bias."""
+    return (
+        *_affine(source, target, optional=True),
+        Row(f"{source}.gamma", f"{target}.weight", optional=True),
+        Row(f"{source}.beta", f"{target}.bias", optional=True),
+    )
+
+
 def _stacked(source: str, parts: tuple[str, str, str], target: str) -> KeyMap:
     """Query, key and value projections as one, in this order."""
     return tuple(
@@ -107,10 +116,10 @@ def hub_rows(*, rotary: bool, contact_head: bool, prefix: str = "esm.") -> KeyMa
         Drop(f"{prefix}embeddings.position_ids", "counts 0, 1, 2, ...; computed where needed"),
         *placed,
         *_affine(f"{prefix}embeddings.layer_norm", "norm_before", optional=True),
-        *_affine(f"{layer}attention.LayerNorm", f"{block}attention_norm"),
+        *_layer_norm(f"{layer}attention.LayerNorm", f"{block}attention_norm"),
         *_stacked(f"{layer}attention.self.", ("query", "key", "value"), f"{block}attention.qkv"),
         *_affine(f"{layer}attention.output.dense", f"{block}attention.out"),
-        *_affine(f"{layer}LayerNorm", f"{block}feed_forward_norm"),
+        *_layer_norm(f"{layer}LayerNorm", f"{block}feed_forward_norm"),
         *_affine(f"{layer}intermediate.dense", f"{block}up"),
         *_affine(f"{layer}output.dense", f"{block}down"),
         *_affine(f"{prefix}encoder.emb_layer_norm_after", "norm"),
