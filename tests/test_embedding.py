@@ -147,7 +147,7 @@ def test_packed_weights_follow_the_weights(golden: Path) -> None:
 
 
 def test_predicting_networks_can_be_copied_and_saved(golden: Path, tmp_path: Path) -> None:
-    """oneDNN's layout can be neither copied nor pickled, and once a prediction had been made neither could the network."""
+    """oneDNN's layout can be neither copied nor pickled; after a prediction, neither could the network."""
     model = plm.load(golden / "esm" / "esm2_tiny")
     expected = plm.embed(model, "MKTV")[0]
     twin = plm.Model(copy.deepcopy(model.net), model.tokenizer, model.checkpoint)
