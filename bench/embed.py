@@ -1,7 +1,7 @@
 """Embed real proteins with ESM-2, strings in and mean-pooled vectors out, against transformers and fair-esm.
 
-    python bench/embed.py                                         # 8M, float32 and bfloat16, 48 proteins, 5 rounds
-    python bench/embed.py --models esm2-150m --rounds 3
+    python bench/embed.py                                         # 8M and 150M, float32 and bfloat16, 48 proteins
+    python bench/embed.py --models esm2-8m --rounds 7
 
 Weights are random (the published shapes decide the time), and the same in all contestants: before anything is timed,
 the vectors of all are compared. Three ways to use transformers, as its users do:
@@ -164,12 +164,15 @@ def measure(name: str, dtype: torch.dtype, count: int, rounds: int) -> dict[str,
     distance = compare({who: embed() for who, embed in runners.items()})
     bound = 1e-4 if dtype == torch.float32 else 3e-2
     assert distance < bound, f"the contestants disagree by {distance:.2g} (allowed {bound})"
-    ceiling = gemm_ceiling(dtype)
+    before = gemm_ceiling(dtype)
     times = race(runners, rounds)
+    ceiling = max(before, gemm_ceiling(dtype))
     residues = sum(map(len, sequences))
     short = str(dtype).removeprefix("torch.")
-    print(f"\n{name}, {short}: {count} yeast proteins, {residues:,} residues; all agree to {distance:.1e}")
-    print(f"GEMM ceiling {ceiling / 1e9:,.0f} GFLOP/s, copy {copy_ceiling() / 1e9:.1f} GB/s")
+    print(f"\n{name}, {short}: {count} yeast proteins, {residues:,} residues, {rounds} rounds")
+    print(
+        f"all vectors agree to {distance:.0e}; GEMM ceiling {ceiling / 1e9:,.0f} GFLOP/s, copy {copy_ceiling() / 1e9:.1f} GB/s"
+    )
     rows = {}
     for who, taken in times.items():
         best = min(taken)
@@ -195,10 +198,10 @@ def vocabulary_tokenizer() -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Embedding speed against transformers and fair-esm.")
-    parser.add_argument("--models", nargs="+", default=["esm2-8m"])
+    parser.add_argument("--models", nargs="+", default=["esm2-8m", "esm2-150m"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--proteins", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(machine())
     runs = [(name, getattr(torch, dtype)) for name in args.models for dtype in args.dtypes]

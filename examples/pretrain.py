@@ -62,7 +62,10 @@ def without_relatives(chains: Sequence[str], held_out: Sequence[str], word: int 
 
 
 def training_batches(rows: Sequence[bytes], tokens: int, crop: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (row, start of the crop) for ever: each epoch visits every chain once, in a new order."""
+    """Batches of (row, start of the crop) for ever: each epoch takes the chains in a new order.
+
+    What is left at the end of an epoch and does not fill a batch waits for the next epoch's order.
+    """
     epoch = 0
     while True:
         rng = random.Random(f"{seed}/{epoch}")

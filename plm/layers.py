@@ -15,6 +15,7 @@ class PackedWeight:
     def __init__(self) -> None:
         self.packed: Tensor | None = None
         self.made_from: tuple[int, int, torch.dtype] | None = None
+        self.sample = torch.empty(0)
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
         """Copies and pickles start empty: oneDNN's layout cannot be copied."""
@@ -22,14 +23,15 @@ class PackedWeight:
 
     def of(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The packed form of ``weight``, if ``x`` can use it: on a CPU, without gradients, in a dtype oneDNN packs."""
-        if torch.is_grad_enabled():
-            self.packed = self.made_from = None  # a step may follow that changes the weight unseen, as fused Adam does
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
         if x.device.type != "cpu" or x.dtype != weight.dtype or weight.is_inference():
             return None
         state = (weight.data_ptr(), weight._version, weight.dtype)
-        if self.made_from != state:
-            self.packed, self.made_from = pack_weight(weight), state
+        # Fused optimizers and edits of ``weight.data`` do not count versions; they change a sample of the numbers.
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        if self.made_from != state or not torch.equal(self.sample, sample):
+            self.packed, self.made_from, self.sample = pack_weight(weight), state, sample.clone()
         return self.packed
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """Sequences laid end to end.
 
@@ -30,8 +30,9 @@ class Packed:
     positions: Tensor
 
     @classmethod
-    def from_ids(cls, rows: Sequence[Sequence[int] | Tensor], device: torch.device | str = "cpu") -> Self:
+    def from_ids(cls, rows: Iterable[Sequence[int] | Tensor], device: torch.device | str = "cpu") -> Self:
         """Pack one row of token ids per sequence (lists, or 1-D integer tensors)."""
+        rows = list(rows)
         if not rows:
             raise ValueError("a batch needs at least one sequence; got none")
         if empty := [i for i, row in enumerate(rows) if len(row) == 0]:
@@ -47,8 +48,8 @@ class Packed:
                 f"lengths add up to {sum(lengths)}; tokens have shape {[*tokens.shape]}, wanted [{sum(lengths)}]"
             )
         offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
-        starts = torch.repeat_interleave(offsets[:-1].long(), torch.tensor(lengths), output_size=len(tokens))
-        positions = torch.arange(len(tokens)) - starts
+        ramp = torch.arange(max(lengths, default=0))
+        positions = torch.cat([ramp[:length] for length in lengths])
         return cls(tokens.long(), lengths, offsets.to(tokens.device), positions.to(tokens.device))
 
     @classmethod

@@ -1,6 +1,6 @@
 """What every verb does before and around the forward pass: encode, check, batch, run, and check what came out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,32 +14,49 @@ Run = Callable[[Packed], list[Tensor]]
 
 
 def as_list(sequences: str | Iterable[str]) -> list[str]:
-    """One string or many, as a list."""
-    return [sequences] if isinstance(sequences, str) else list(sequences)
+    """One string or many, as a list.
+
+    Raises: TypeError for anything else.
+    """
+    if isinstance(sequences, bytes | Mapping):
+        raise TypeError(
+            f"sequences must be strings; got {type(sequences).__name__}: .decode() bytes, take a dict's values()"
+        )
+    texts = [sequences] if isinstance(sequences, str) else list(sequences)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"sequences must be strings; number {i + 1} is a {type(text).__name__}")
+    return texts
 
 
 def encode(model: Model, sequences: Sequence[str], names: Sequence[str] | None = None) -> list[bytes]:
     """Residue ids of every sequence, one byte each.
 
-    Raises: InputError with every sequence that is empty, too long for the model, or has a letter that it does not know,
-        before anything is computed.
+    Raises:
+        InputError: with every sequence that is empty, too long for the model, or has a letter that it does not know,
+            before anything is computed.
+        TypeError: ``model`` is not what ``plm.load`` gives.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"the first argument must be a model: plm.load({model!r})")
     limit = model.net.config.max_length
     rows, faults = [], []
+
+    def fault(i: int, reason: str, hint: str) -> None:
+        name = names[i] if names else sequences[i][:12]
+        faults.append(Fault(reason, hint, record=i + 1, id=name))
+
     for i, sequence in enumerate(sequences):
-        name = names[i] if names else str(i)
         try:
             row = model.tokenizer.residues(sequence)
         except ValueError as error:
-            faults.append(Fault(str(error), "mend or leave out the sequence", record=i + 1, id=name))
+            fault(i, str(error), "mend or leave out the sequence")
             continue
         if not row:
-            faults.append(Fault("the sequence is empty", "leave it out", record=i + 1, id=name))
+            fault(i, "the sequence is empty", "leave it out")
         elif limit is not None and len(row) + 2 > limit:
             reason = f"{len(row):,} residues; {model.checkpoint.name} takes at most {limit - 2:,}"
-            faults.append(
-                Fault(reason, "cut the sequence into domains, or use ESM-2, which has no limit", record=i + 1, id=name)
-            )
+            fault(i, reason, "cut the sequence into domains, or use ESM-2, which has no limit")
         rows.append(row)
     if faults:
         raise InputError("sequences", faults)
@@ -62,7 +79,8 @@ def run(
         FloatingPointError: a result has a NaN or an infinity.
         MemoryError: a single sequence does not fit.
     """
-    pending = list(batches([len(row) + 2 for row in rows], max_tokens or default_max_tokens(model.device)))
+    budget = default_max_tokens(model.device) if max_tokens is None else max_tokens
+    pending = list(batches([len(row) + 2 for row in rows], budget))
     pending.reverse()
     while pending:
         batch = pending.pop()
@@ -95,5 +113,6 @@ def out_of_memory(error: RuntimeError) -> bool:
 def _forward(model: Model, rows: Sequence[bytes], forward: Run) -> list[Tensor]:
     with torch.inference_mode():
         results = forward(model.tokenizer.pack_residues(rows).to(model.device))
-        # Half-precision results widen exactly, and then every numpy function takes them.
-        return [result.to("cpu", torch.promote_types(result.dtype, torch.float32), copy=True) for result in results]
+    # Copies made out here are ordinary tensors that a user's own layers can be trained on. Half-precision results widen
+    # exactly, and then every numpy function takes them.
+    return [result.to("cpu", torch.promote_types(result.dtype, torch.float32), copy=True) for result in results]

@@ -117,7 +117,7 @@ class Tokenizer:
         return f"character {letter!r} at position {at + 1} is not in the vocabulary ({letters}, <mask>).{hint}"
 
     def pack(self, sequences: Sequence[str], *, unknown: str = "error") -> Packed:
-        """Sequences as one batch with start and end tokens, at hundreds of millions of residues per second."""
+        """Sequences as one batch, each with start and end tokens."""
         rows = [self.residues(text, unknown=unknown) for text in sequences]
         return self.pack_residues(rows)
 

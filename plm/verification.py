@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from plm.loading import Model, load, locate, open_checkpoint
+from plm.loading import Model, Opened, load, locate, open_checkpoint
 from plm.packing import Packed
 from plm_weights import UnknownModelError
 from plm_weights.checks import Check
@@ -154,10 +154,10 @@ def other_library(model: Model, path: Path) -> Iterator[Finding]:
     opened = open_checkpoint(path)
     if not opened.config.lm_head:
         return
-    if opened.layout == "hub" and find_spec("transformers"):
+    if opened.layout == "hub" and installed("transformers"):
         name, theirs = "transformers", transformers_logits(path if path.is_dir() else path.parent)
-    elif opened.layout == "fair" and find_spec("esm"):
-        name, theirs = "fair-esm", fair_esm_logits(opened.tensors.files[0])
+    elif opened.layout == "fair" and installed("fair-esm"):
+        name, theirs = "fair-esm", fair_esm_logits(opened)
     else:
         return
     batch = model.tokenizer.pack(SMOKE).to(model.device)
@@ -166,6 +166,15 @@ def other_library(model: Model, path: Path) -> Iterator[Finding]:
     bound = (LIBRARY_BOUND + (8 * torch.finfo(model.dtype).eps if model.dtype.itemsize == 2 else 0)) * largest
     error = (ours - theirs).abs().max().item() / bound
     yield Finding(f"logits of {len(SMOKE)} sequences", f"{name}, float32 on this CPU", error, f"{bound:.2g}")
+
+
+def installed(distribution: str) -> bool:
+    """Whether a distribution is installed; asked by its own name, as several install a module called esm."""
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def padded_smoke() -> tuple[Tensor, Tensor]:
@@ -187,13 +196,17 @@ def transformers_logits(folder: Path) -> Tensor:
     return logits
 
 
-def fair_esm_logits(path: Path) -> Tensor:
+def fair_esm_logits(opened: Opened) -> Tensor:
+    """Through fair-esm's own loader, which reads the architecture off the file's name: it is given one that fits."""
     import argparse
 
-    import esm
+    from esm.pretrained import load_model_and_alphabet_core
 
+    path, *regression = opened.tensors.files
     ids, mask = padded_smoke()
     with torch.serialization.safe_globals([argparse.Namespace]):
-        theirs, _ = esm.pretrained.load_model_and_alphabet_local(str(path))
+        model, *contacts = (torch.load(file, map_location="cpu", weights_only=True) for file in (path, *regression))
+    name = "esm2" if opened.config.learned_positions is None else "esm1b" if opened.config.norm_before else "esm1v"
+    theirs, _ = load_model_and_alphabet_core(f"{name}_any", model, contacts[0] if contacts else None)
     logits: Tensor = theirs.eval()(ids)["logits"][mask]
     return logits

@@ -1,6 +1,7 @@
 """What users get: residue rows, pooled vectors and contact maps, in input order, and errors before any work."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -157,16 +158,66 @@ def test_predicting_networks_can_be_copied_and_saved(golden: Path, tmp_path: Pat
     assert torch.equal(plm.embed(back, "MKTV")[0], expected)
 
 
-def test_fused_optimizers_are_seen(golden: Path) -> None:
-    """A fused Adam step changes weights without telling torch's version counter; evaluation ran on the old ones."""
+def fused_adam(net: torch.nn.Module) -> None:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+    net(plm.Packed.from_ids([[0, 5, 6, 7, 2]])).logits.square().mean().backward()
+    optimizer.step()
+
+
+def through_data(net: torch.nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.data.mul_(1.5)
+
+
+def new_parameters(net: torch.nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight * 1.5)
+
+
+@pytest.mark.parametrize("change", [fused_adam, through_data, new_parameters])
+def test_packed_weights_follow_changes_that_torch_does_not_count(golden: Path, change: Callable[..., None]) -> None:
+    """These leave a weight's version counter as it was; predictions after them ran on the old weights."""
     net = plm.load(golden / "esm" / "esm2_tiny").net
     batch = plm.Packed.from_ids([[0, 5, 6, 7, 2]])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
-    for _ in range(2):
-        with torch.no_grad():
-            net(batch)
-        net(batch).logits.square().mean().backward()
-        optimizer.step()
     with torch.no_grad():
-        predicted = net(batch).logits
-    torch.testing.assert_close(predicted, net(batch).logits.detach(), rtol=0, atol=1e-4)
+        before = net(batch).logits
+    change(net)
+    with torch.no_grad():
+        after = net(batch).logits
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, net(batch).logits.detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_is_obeyed(model: plm.Model) -> None:
+    """Under autocast linears run in bfloat16; packed float32 weights would ignore it."""
+    batch = plm.Packed.from_ids([[0, 5, 6, 7, 2]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.net(batch).logits.dtype == torch.bfloat16
+
+
+def test_layers_can_be_trained_on_embeddings(model: plm.Model) -> None:
+    """Results used to be inference tensors, which no gradient may pass through."""
+    for rows in (plm.embed(model, "MKT")[0], plm.embed(model, "MKT", pool="mean")[0], plm.contacts(model, "MKT")[0]):
+        layer = torch.nn.Linear(rows.shape[-1], 1)
+        layer(rows).sum().backward()
+        assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("wrong", [[5], b"MKT", {"a": "MKT"}, ["MKT", None]])
+def test_sequences_must_be_strings(model: plm.Model, wrong: object) -> None:
+    with pytest.raises(TypeError, match="sequences must be strings"):
+        plm.embed(model, wrong)
+
+
+def test_any_iterable_of_strings_will_do(model: plm.Model) -> None:
+    expected = plm.embed(model, ["MKT", "AAA"])
+    for sequences in (("MKT", "AAA"), (s for s in ("MKT", "AAA")), {"a": "MKT", "b": "AAA"}.values()):
+        assert all(torch.equal(a, b) for a, b in zip(plm.embed(model, sequences), expected, strict=True))
+
+
+def test_wrong_arguments_say_what_is_wanted(model: plm.Model) -> None:
+    with pytest.raises(TypeError, match=r"plm\.load\('esm2-8m'\)"):
+        plm.embed("esm2-8m", "MKT")
+    with pytest.raises(ValueError, match="max_tokens must be at least 1; got 0"):
+        plm.embed(model, "MKT", max_tokens=0)

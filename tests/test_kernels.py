@@ -100,6 +100,13 @@ def test_a_sequence_never_sees_its_neighbour() -> None:
         assert torch.equal(kept[rows], seen[rows]), backend
 
 
+def test_no_tokens_at_all() -> None:
+    qkv = torch.empty(0, 3, 2, 8)
+    for backend in CPU_BACKENDS:
+        out = attention(*qkv.unbind(1), torch.tensor([0], dtype=torch.int32), scale=1, max_length=0, backend=backend)
+        assert out.shape == (0, 2, 8)
+
+
 def test_automatic_choice_of_a_backend() -> None:
     from plm_kernels.packed_attention import choose_backend
 
@@ -139,6 +146,10 @@ def test_wrong_arguments_say_what_is_wrong() -> None:
         attention(q, k[..., :4], v, offsets, scale=1, max_length=3)
     with pytest.raises(ValueError, match=r"'flash' is unknown.*segments"):
         attention(q, k, v, offsets, scale=1, max_length=3, backend="flash")
+    with pytest.raises(ValueError, match="cover 2 tokens; q has 3"):
+        attention(q, k, v, offsets, scale=1, max_length=2, backend="dense")
+    with pytest.raises(ValueError, match=r"\[h, 2 D \+ 1\].*\[2, 4\]"):
+        RelativeBias(torch.zeros(2, 4))
     assert set(CPU_BACKENDS) < set(attention_backends())
 
 

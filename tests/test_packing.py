@@ -57,6 +57,11 @@ def test_batches_take_every_sequence_once_within_the_budget(lengths: list[int], 
     assert in_turn == sorted(in_turn, reverse=True)
 
 
+def test_rows_may_come_from_any_iterable() -> None:
+    assert Packed.from_ids(iter(ROWS)).lengths == (3, 2, 5)
+    assert Packed.from_ids(torch.ones(3, 4, dtype=torch.int64)).lengths == (4, 4, 4)
+
+
 def test_in_order() -> None:
     pairs = [(2, torch.tensor(2)), (0, torch.tensor(0)), (1, torch.tensor(1))]
     assert [x.item() for x in in_order(pairs, 3)] == [0, 1, 2]

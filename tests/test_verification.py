@@ -24,6 +24,18 @@ def test_verify_asks_the_library_that_the_files_were_published_for(golden: Path,
     assert report.as_dict()["passed"] is True
 
 
+@pytest.mark.parametrize("regression", [True, False], ids=["with-contacts", "without"])
+@pytest.mark.parametrize("case", ["esm2_tiny", "esm1b_tiny"])
+def test_verify_takes_a_fair_esm_file_of_any_name(golden: Path, tmp_path: Path, case: str, regression: bool) -> None:
+    """fair-esm reads the architecture off the file's name and wants a regression beside it; users rename and forget."""
+    source = golden / "esm" / case / case
+    shutil.copyfile(f"{source}.pt", tmp_path / "mine.pt")
+    if regression:
+        shutil.copyfile(f"{source}-contact-regression.pt", tmp_path / "mine-contact-regression.pt")
+    report = plm.verify(tmp_path / "mine.pt")
+    assert report.passed, str(report)
+
+
 @pytest.mark.parametrize("fault", ["swapped", "transposed"])
 def test_verify_fails_on_wrong_weights(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

@@ -105,7 +105,9 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         alone = how.causal and mask is None
         out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=alone, scale=how.scale)
         mixed.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(mixed) if len(mixed) != 1 else mixed[0]
+    if len(mixed) < 2:
+        return mixed[0] if mixed else v
+    return torch.cat(mixed)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -134,7 +136,10 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     if how.bias is not None:
         mask = torch.where(mask, how.bias.dense(how.max_length).to(q.dtype), -torch.inf)
     mixed = F.scaled_dot_product_attention(queries, keys, values, mask, scale=how.scale)
-    return mixed.transpose(1, 2)[real]
+    out = mixed.transpose(1, 2)[real]
+    if len(out) != len(q):
+        raise ValueError(f"offsets up to {how.max_length} per sequence cover {len(out)} tokens; q has {len(q)}")
+    return out
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:

@@ -20,6 +20,10 @@ class RelativeBias:
 
     table: Tensor
 
+    def __post_init__(self) -> None:
+        if self.table.dim() != 2 or self.table.shape[-1] % 2 == 0:
+            raise ValueError(f"the table must be [h, 2 D + 1], one value per distance; got {[*self.table.shape]}")
+
     def dense(self, length: int) -> Tensor:
         """The bias of one sequence written out, ``[h, t, t]``, rows are queries."""
         reach = (self.table.shape[-1] - 1) // 2
