@@ -170,7 +170,7 @@ def measure(name: str, dtype: torch.dtype, count: int, rounds: int) -> dict[str,
     residues = sum(map(len, sequences))
     short = str(dtype).removeprefix("torch.")
     print(f"\n{name}, {short}: {count} yeast proteins, {residues:,} residues, {rounds} rounds")
-    print(f"all vectors agree to {distance:.0e}; GEMM {ceiling / 1e9:,.0f} GFLOP/s, copy {copy_ceiling() / 1e9:.1f} GB/s")
+    print(f"all agree to {distance:.0e}; GEMM {ceiling / 1e9:,.0f} GFLOP/s, copy {copy_ceiling() / 1e9:.1f} GB/s")
     rows = {}
     for who, taken in times.items():
         best = min(taken)
