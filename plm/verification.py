@@ -104,13 +104,16 @@ def verify(
 
 
 def published_values(model: Model) -> Iterator[Finding]:
-    """Each check of the registry row, if the model has one."""
+    """Each check of the registry row, if the model has one and its sizes."""
     try:
-        checks = find(model.checkpoint.name).checks
+        row = find(model.checkpoint.name)
     except UnknownModelError:
         return
+    config = model.net.config
+    if row.config and (row.config["layers"], row.config["channels"]) != (config.layers, config.channels):
+        return
     coarse = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize == 2 else 0.0
-    for check in checks:
+    for check in row.checks:
         largest = max(abs(value) for row in check.expected for value in row)
         slack = check.absolute + check.relative * largest
         allowed = f"{check.absolute:g} + {check.relative:g}·|x|" + (

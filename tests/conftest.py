@@ -8,6 +8,8 @@ from command_line import ESM2, FASTA, Plm, Result
 
 import plm
 from plm.cli import main
+from plm.conversion import to_transformers
+from plm.models.esm import ESM, Config, initialise
 
 # The networks of these tests are tiny. On a busy machine a second thread makes them seventy times slower, not faster.
 torch.set_num_threads(1)
@@ -17,6 +19,18 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """Random numbers are the same in every run and in any order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def random_8m(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ESM-2 8M as the hub publishes it, with random weights."""
+    torch.manual_seed(0)
+    config = Config(6, 320, 20, 1280, None, False, True, 1e-5, contact_head=True)
+    net = ESM(config)
+    initialise(net, torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("published") / "esm2-8m"
+    to_transformers(net.state_dict(), config, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
