@@ -190,11 +190,17 @@ def padded_smoke() -> tuple[Tensor, Tensor]:
 
 def transformers_logits(folder: Path) -> Tensor:
     from transformers import EsmForMaskedLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
-    disable_progress_bar()
     ids, mask = padded_smoke()
-    theirs = EsmForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports heads that a checkpoint does not have, and draws a bar
+    logging.disable_progress_bar()
+    try:
+        theirs = EsmForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
     logits: Tensor = theirs(input_ids=ids, attention_mask=mask.long()).logits[mask]
     return logits
 
