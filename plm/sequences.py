@@ -61,12 +61,18 @@ FAULTS_SHOWN = 10
 @dataclass(frozen=True)
 class Record:
     """One sequence. `id` is unique within its reading, `header` is what the source called it, `line` is where it begins
-    (1-based; 0 for a sequence that comes from no file)."""
+    (1-based; 0 for a literal sequence), `number` counts the records of the source from 1, those left out included."""
 
     id: str
     sequence: str
     header: str
     line: int
+    number: int
+
+    @property
+    def length(self) -> int:
+        """Residues; a token such as ``<mask>`` is one."""
+        return len(TOKEN.sub(b"X", self.sequence.encode()))
 
 
 @dataclass(frozen=True)
@@ -97,13 +103,23 @@ class InputError(ValueError):
         super().__init__("\n".join(["\n  ".join(lines), *hints]))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
-    """What was read: the records in input order, one sentence for each kind of change, and what a policy left out."""
+    """What was read: the name of the source, its records in input order, one sentence for each kind of change, and what
+    a policy left out."""
 
+    source: str
     records: list[Record]
     changes: list[str]
     failed: list[Fault]
+
+    @property
+    def ids(self) -> list[str]:
+        return [record.id for record in self.records]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [record.length for record in self.records]
 
 
 def read_records(
@@ -121,6 +137,9 @@ def read_records(
 
     The kind of file is told by its content first (compression, then ``>``), then by its suffix. A string that is not an
     existing file and could be a path is refused, never taken for residues.
+
+    Spaces inside a sequence are removed, and counted. Only in text of one sequence per line they may stand between
+    single letters alone (``M K T``, as ProtBert takes it): there, words are more likely a name, or prose.
 
     Args:
         column, id_column: columns of a CSV/TSV table; by default the first of SEQUENCE_COLUMNS and ID_COLUMNS.
@@ -153,25 +172,6 @@ def read_records(
     return collector.finish(name)
 
 
-def to_records(
-    sequences: str | Iterable[str | tuple[str, str]],
-    *,
-    on_stop: OnStop = "error",
-    strip_gaps: bool = False,
-    duplicates: Duplicates = "suffix",
-    empty: Empty = "error",
-) -> Reading:
-    """Check sequences given in Python: one string, or many strings or ``(id, sequence)`` pairs.
-
-    A bare string is named by its number, from 1. Policies and errors are those of `read_records`.
-    """
-    collector = _Collector(on_stop, strip_gaps, duplicates, empty, "header")
-    for item in [sequences] if isinstance(sequences, str) else sequences:
-        header, sequence = ("", item) if isinstance(item, str) else item
-        collector.add(header, [sequence.encode(errors="replace")], 0)
-    return collector.finish("sequences")
-
-
 @dataclass
 class _Collector:
     """Applies the policies record by record and keeps the books."""
@@ -198,7 +198,7 @@ class _Collector:
             self.faults.append(Fault("no sequence in it", "give at least one sequence"))
         if self.faults:
             raise InputError(source, self.faults)
-        return Reading(self.records, [what.format(count) for what, count in self.changes.items()], self.failed)
+        return Reading(source, self.records, [what.format(count) for what, count in self.changes.items()], self.failed)
 
     def text(self, raw: bytes) -> str:
         """Headers and table cells as text. Old files are Latin-1, in which every byte is a character."""
@@ -227,7 +227,7 @@ class _Collector:
             name = self._unique(name)
         if name not in self.ids:
             self.ids[name] = 2
-            self.records.append(Record(name, sequence.decode("ascii"), header, line))
+            self.records.append(Record(name, sequence.decode("ascii"), header, line, self.seen))
         elif self.duplicates == "first":
             self.changes["{:,} records with a repeated id left out"] += 1
         else:
@@ -335,7 +335,8 @@ def _read(collector: _Collector, stream: BinaryIO, name: str, column: str | None
         _read_fasta(collector, lines)
     elif suffix in FASTA_SUFFIXES:
         hint = "put a line such as `>name` above each sequence, or call a file of one sequence per line .txt"
-        raise InputError(name, [Fault(f"text without a header: {line[:30]!r}", hint, number)])
+        start = line.decode(errors="replace")[:30]
+        raise InputError(name, [Fault(f"text without a header: {start!r}", hint, number)])
     elif column or id_column or suffix in TABLE_SUFFIXES or columns.intersection(SEQUENCE_COLUMNS):
         _read_table(collector, lines, name, column, id_column)
     else:
@@ -361,10 +362,12 @@ def _read_fasta(collector: _Collector, lines: Iterable[tuple[int, bytes]]) -> No
 
 def _read_plain(collector: _Collector, lines: Iterable[tuple[int, bytes]]) -> None:
     for number, line in lines:
-        if b"\t" in line.strip():
-            hint = "name the columns in a first line (id, sequence), or write FASTA"
-            collector.faults.append(Fault("a tab in a line of plain sequences", hint, number))
-        elif not _ignored(line):
+        if _ignored(line):
+            continue
+        if len(words := TOKEN.sub(b"X", line).split()) > 1 and max(map(len, words)) > 1:
+            hint = "write FASTA (`>name`, then the sequence), or a table with a first line such as `id,sequence`"
+            collector.faults.append(Fault("several words in a line that is read as one sequence", hint, number))
+        else:
             collector.changes["no '>' found: {:,} lines read as one sequence each"] += 1
             collector.add("", [line], number, number)
 

@@ -71,6 +71,11 @@ def test_without_a_model_the_message_names_models_that_exist(run: Plm) -> None:
         (("-o", "out.h5", "--layer", "5"), "has layers 0 to 4"),
         (("-o", "out.h5", "--device", "abacus"), "'abacus' cannot be used"),
         (("-o", "out.h5", "--max-tokens", "0"), "--max-tokens"),
+        (("-o", "out.h5", "--seed", "-1"), "--seed"),
+        (("-o", "out.docx"), "names no layout"),
+        (("-o", "out.csv"), "pooled embeddings only"),
+        (("-o", "out/", "--pool", "max"), "no place for pooling 'max'"),
+        (("-o", "-", "--pool", "mean", "--format", "npz"), "stdout takes csv, tsv or jsonl, not npz"),
         (("--json", "--pool", "mean"), "-o"),
         ((), "--pool mean"),
     ],
@@ -125,7 +130,7 @@ def test_a_drawing_has_residue_1_in_the_upper_left_corner(tmp_path: Path) -> Non
 
 def test_what_contacts_cannot_write(run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_model_is_loaded(monkeypatch)
-    for argv in ((), ("-o", "-"), ("-o", "out.h5"), ("-o", "out.png")):
+    for argv in ((), ("-o", "-"), ("-o", "-", "--format", "npz"), ("-o", "out.foo"), ("-o", "out.png")):
         code, out, err = run("contacts", fasta, "-m", ESM2, *argv)
         assert (code, out) == (2, "") and "npz" in err
     assert outputs(tmp_path, "in.fasta") == []
@@ -197,7 +202,7 @@ def test_verify(run: Plm, monkeypatch: pytest.MonkeyPatch, passed: bool, code: i
         return Report(passed=passed)
 
     monkeypatch.setattr(plm, "verify", verify, raising=False)
-    assert run("verify", ESM2, "--dtype", "bfloat16", "--offline") == (code, "a table\n", "")
+    assert run("verify", ESM2, "--dtype", "bfloat16", "--offline", "--quiet") == (code, "a table\n", "")
     expected = {"source": ESM2, "dtype": "bfloat16", "revision": None, "offline": True}
     assert asked == expected | {"device": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
     result = run("verify", ESM2, "--json")
@@ -225,6 +230,11 @@ def test_doctor_never_fails(run: Plm, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0 and out.count("unknown: OSError: libtorch_cpu.so") == len(doctor.PROBES) == out.count("\n")
 
 
-def test_doctor_finds_only_what_fits() -> None:
-    fitting = sys.modules["plm.cli.doctor"].fitting
-    assert fitting(10**9, 4)[-1] == "esm2-150m" and "esm2-650m" in fitting(2 * 10**9, 2)
+def test_doctor_finds_only_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor multiplies by packed weights, the weights lie in memory twice."""
+    doctor = sys.modules["plm.cli.doctor"]
+    assert doctor.fitting(10**9, 4)[-1] == "esm2-150m" and "esm2-650m" in doctor.fitting(2 * 10**9, 2)
+    monkeypatch.setattr(doctor, "memory_limit", lambda: 5 * 10**9)
+    for packed in (False, True):
+        monkeypatch.setattr(doctor, "packed_weights", lambda packed=packed: packed)
+        assert ("esm2-650m" in doctor.fitting_cpu()) is not packed

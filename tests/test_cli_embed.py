@@ -32,7 +32,7 @@ def test_every_layout_holds_what_python_gives(
 
 
 def test_provenance_says_how_each_number_came_about(run: Plm, fasta: str, tmp_path: Path) -> None:
-    argv = ("--layer", "-2", "--dtype", "bfloat16", "--store", "float16", "--pool", "max")
+    argv = ("--layer", "-2", "--dtype", "bfloat16", "--store", "float16", "--pool", "max", "--seed", "7")
     assert run("embed", fasta, "-m", ESM2, "-o", "out.npz", *argv).code == 0
     back = read_embeddings(tmp_path / "out.npz")
     assert all(array.dtype == np.float16 for array in back.arrays)
@@ -50,6 +50,7 @@ def test_provenance_says_how_each_number_came_about(run: Plm, fasta: str, tmp_pa
         "citation": unknown,
         "dtype": "bfloat16",
         "device": "cpu",
+        "seed": 7,
         "input": fasta,
         "input_sha256": hashlib.sha256(FASTA.encode()).hexdigest(),
         "changes": [],
@@ -58,6 +59,22 @@ def test_provenance_says_how_each_number_came_about(run: Plm, fasta: str, tmp_pa
         "pooling": "max",
         "stored": "float16",
     }
+
+
+def test_hashes_of_the_hubs_cache_are_not_computed_again(
+    run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large files lie there under their sha256, which `fetch` has compared. A path that a user gives proves nothing."""
+    cached = tmp_path / "snapshot"
+    cached.mkdir()
+    (cached / "config.json").symlink_to(Path(ESM2, "config.json"))
+    (tmp_path / ("ab" * 32)).write_bytes(Path(ESM2, "model.safetensors").read_bytes())
+    (cached / "model.safetensors").symlink_to(tmp_path / ("ab" * 32))
+    digest = hashlib.sha256(Path(ESM2, "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setattr("plm.loading.fetch", lambda name, **options: cached)
+    for name, expected in (("some/model", "ab" * 32), (str(cached), digest)):
+        assert run("embed", fasta, "-m", name, "-o", "out.npz", "--overwrite").code == 0
+        assert read_embeddings("out.npz").provenance["sha256"] == {"model.safetensors": expected}
 
 
 def test_data_goes_to_stdout_and_the_rest_to_stderr(run: Plm, model: plm.Model, fasta: str) -> None:
@@ -152,6 +169,7 @@ def test_what_is_skipped_is_listed(run: Plm, tmp_path: Path) -> None:
     code, out, err = run("embed", "in.fasta", "-m", ESM1B, "-o", "out.npz", "--json", *argv)
     assert code == 3 and read_embeddings("out.npz").ids == ["a", "b"]
     assert [failed["id"] for failed in json.loads(out)["failed"]] == ["empty", "stop", "long"]
+    assert "line 3, record 2 'long': 1,023 residues" in err
     *failed, summary = err.splitlines()
     assert [line.split(":")[0] for line in failed] == ["Failed"] * 3
     assert "2 proteins, 1,025 residues" in summary and summary.endswith("3 failed")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plm.outputs import FORMATS, OutputError, Writer, open_writer, read_embeddings
+from plm.outputs import FORMATS, LayoutError, OutputError, Writer, open_writer, read_embeddings
 
 IDS = ["sp|P1|CET1", "a/../b c", "a/../b c", "é"]
 LENGTHS = [3, 1, 63, 5]
@@ -102,6 +102,32 @@ def test_safetensors_opens_with_safetensors(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["provenance"]) == PROVENANCE
 
 
+def test_a_header_that_safetensors_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plm.outputs.maps import LAYOUTS, open_maps
+
+    monkeypatch.setattr("plm.outputs.by_offset.HEADER_LIMIT", 300)
+    with pytest.raises(OutputError, match="4 ids are too many for a safetensors header"):
+        open_(tmp_path / "out.safetensors")
+    with pytest.raises(OutputError, match="4 ids are too many for a safetensors header"):
+        open_maps(tmp_path / "a.safetensors", LAYOUTS["safetensors"], ids=IDS, lengths=LENGTHS, provenance="{}")
+
+
+@pytest.mark.parametrize("layout", ["npz", "safetensors"])
+def test_maps_in_any_order(tmp_path: Path, layout: str) -> None:
+    from safetensors.numpy import load_file
+
+    from plm.outputs.maps import LAYOUTS, open_maps
+
+    maps = [torch.rand(length, length) for length in LENGTHS]
+    path = tmp_path / f"maps.{layout}"
+    with open_maps(path, LAYOUTS[layout], ids=IDS, lengths=LENGTHS, provenance=json.dumps(PROVENANCE)) as writer:
+        for index in (2, 0, 3, 1):
+            writer.write(index, maps[index])
+    arrays = load_file(path) if layout == "safetensors" else np.load(path)
+    for name, expected in zip(["sp|P1|CET1", "a_.._b c", "a_.._b c.2", "é"], maps, strict=True):
+        np.testing.assert_array_equal(arrays[name], expected.numpy())
+
+
 def test_npz_opens_with_numpy(tmp_path: Path) -> None:
     tensors = embeddings(False)
     write(tmp_path / "out.npz", tensors, pooled=False)
@@ -169,9 +195,9 @@ def test_esm_pt_names_the_pooling(tmp_path: Path) -> None:
     for pooling, key in (("mean", "mean_representations"), ("cls", "bos_representations")):
         write(f"{tmp_path}/{pooling}/", embeddings(True), provenance={"pooling": pooling})
         assert key in torch.load(tmp_path / pooling / "sp|P1|CET1.pt", weights_only=True)
-    with pytest.raises(OutputError, match="no place for pooling 'max'"):
+    with pytest.raises(LayoutError, match="no place for pooling 'max'"):
         open_(f"{tmp_path}/max/", provenance={"pooling": "max"})
-    with pytest.raises(OutputError, match="layer -1"):
+    with pytest.raises(LayoutError, match="layer -1"):
         open_(f"{tmp_path}/negative/", layer=-1)
 
 
@@ -206,7 +232,7 @@ def test_stdout(capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path) -> No
         write("-", embeddings(True), (0, 1), format="csv")
     assert capfdbinary.readouterr().out == b""
     for format in ("h5", None):
-        with pytest.raises(OutputError, match="stdout takes csv, tsv or jsonl"):
+        with pytest.raises(LayoutError, match="stdout takes csv, tsv or jsonl"):
             open_("-", format=format)
 
 
@@ -257,15 +283,15 @@ def test_whole_or_not_at_all(
 FULL_DISK = """
 import os, resource, sys, torch
 from plm.outputs import OutputError, open_writer
-path, name, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
-pooled = name in ("csv", "tsv", "jsonl")
+path, name, limit, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+pooled = name in ("csv", "tsv", "jsonl") or count > 20
 torch.save(0, os.devnull)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    ids, lengths = [str(i) for i in range(20)], [100] * 20
+    ids, lengths = [str(i) for i in range(count)], [100] * count
     about = dict(ids=ids, lengths=lengths, channels=300, pooled=pooled, layer=0, provenance={})
     with open_writer(path, format=name, **about) as writer:
-        for index in range(20):
+        for index in range(count):
             writer.write(index, torch.randn(300 if pooled else (100, 300)))
 except OutputError as error:
     print(error)
@@ -273,13 +299,18 @@ except OutputError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-@pytest.mark.parametrize("limit", [10, 60_000])
-@pytest.mark.parametrize("name", ["safetensors", "npz", "h5", "parquet", "esm-pt", "csv", "jsonl"])
-def test_full_disk(tmp_path: Path, name: str, limit: int) -> None:
-    """The system itself refuses to write on, at once or midway; HDF5 then fails a second time while closing."""
+@pytest.mark.parametrize(
+    ("name", "limit", "count"),
+    [
+        *((n, m, 20) for n in ("safetensors", "npz", "h5", "parquet", "esm-pt", "csv", "jsonl") for m in (10, 60_000)),
+        ("h5", 1_000_000, 2000),
+    ],
+)
+def test_full_disk(tmp_path: Path, name: str, limit: int, count: int) -> None:
+    """The system itself refuses to write on, at once or midway. HDF5 with many datasets open then crashed."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    command = [sys.executable, "-c", FULL_DISK, f"{folder}/{PATHS[name]}", name, str(limit)]
+    command = [sys.executable, "-c", FULL_DISK, f"{folder}/{PATHS[name]}", name, str(limit), str(count)]
     run = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )
@@ -358,11 +389,6 @@ def test_targets_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest
         ("weights", "not written by plm or holds other files", {"overwrite": True}),
         ("x" * 300 + ".h5", "name too long", {}),
         ("file.h5", "it is a file, and esm-pt needs a folder", {"format": "esm-pt", "overwrite": True}),
-        ("out.xyz", "'.xyz' names no layout; use .safetensors", {}),
-        ("out", "folder for esm-pt", {}),
-        ("out.h5", "unknown format 'hdf'; choose one of safetensors", {"format": "hdf"}),
-        ("out.csv", "csv holds pooled embeddings only", {"pooled": False}),
-        ("out.h5", "cannot store bfloat16", {"dtype": "bfloat16"}),
         ("out.h5", "too long for HDF5", {"provenance": {"command": "x" * 70_000}}),
     ]:
         with pytest.raises(OutputError, match=words):
@@ -375,10 +401,36 @@ def test_targets_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(100))
     with pytest.raises(OutputError, match="are free"):
         open_(tmp_path / "out.h5")
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(OutputError, match="no permission to write in"):
+
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match=r"takes no new files \(Permission denied\); choose another folder"):
         open_(tmp_path / "out.h5")
     assert listing(tmp_path) == ["file.h5", "folder", "folder.h5", "weights"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_folder_that_only_claims_to_be_writable() -> None:
+    """Its mode lets root write, and its disk has no room at all: that is not the reason to give."""
+    with pytest.raises(OutputError, match="/proc takes no new files"):
+        open_("/proc/out.h5")
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "options"),
+    [
+        ("out.xyz", "'.xyz' names no layout; use .safetensors", {}),
+        ("out", "folder for esm-pt", {}),
+        ("out.h5", "unknown format 'hdf'; choose one of safetensors", {"format": "hdf"}),
+        ("out.csv", "csv holds pooled embeddings only", {"pooled": False}),
+        ("out.h5", "cannot store bfloat16", {"dtype": "bfloat16"}),
+    ],
+)
+def test_impossible_layouts(tmp_path: Path, path: str, words: str, options: dict[str, Any]) -> None:
+    with pytest.raises(LayoutError, match=words):
+        open_(tmp_path / path, **options)
 
 
 @pytest.mark.parametrize(("suffix", "library"), [("h5", "h5py"), ("parquet", "pyarrow")])

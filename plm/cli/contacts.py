@@ -1,11 +1,17 @@
 """``plm contacts``: contact maps as arrays, or drawn."""
 
 import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import click
 
 from plm.cli.job import Job
 from plm.cli.options import takes_sequences
+
+if TYPE_CHECKING:
+    from plm.outputs import Writer
+    from plm.sequences import Reading
 
 FORMATS = ("npz", "safetensors", "png")
 
@@ -26,26 +32,36 @@ def contacts(job: Job, layout: str | None) -> int:
       plm contacts proteins.fasta -m esm2-650m -o maps.npz
       plm contacts MKTAYIAKQRQISFVKSHFSRQ -m esm2-8m -o map.png
     """
-    if job.output is None or job.output == "-":
+    output = job.output or "-"
+    if output == "-":
         raise click.UsageError("contact maps need a file: add -o maps.npz, or -o map.png to draw one.")
-    layout = layout or job.output.rpartition(".")[2].lower()
+    layout = layout or output.rpartition(".")[2].lower()
     if layout not in FORMATS:
-        raise click.UsageError(f"{job.output}: name it .npz, .safetensors or .png, or choose with --format.")
-    sequences = job.read()
-    if layout == "png" and len(sequences.records) != 1:
-        raise click.UsageError(f"a PNG shows one protein, the input has {len(sequences.records):,}: write .npz.")
+        raise click.UsageError(f"{output}: name it .npz, .safetensors or .png, or choose with --format.")
+    reading = job.read()
+    if layout == "png" and len(reading.records) != 1:
+        raise click.UsageError(f"a PNG shows one protein, the input has {len(reading.records):,}: write .npz.")
 
-    from plm.cli.maps import open_maps
+    from plm.cli.drawing import DrawnMap
     from plm.contact_maps import contact_rows
+    from plm.outputs.maps import LAYOUTS, open_maps
     from plm_weights.errors import CheckpointError
 
-    open_maps(job.output, layout, sequences.ids, sequences.lengths, "", job.overwrite)  # fails before a model is loaded
+    def open_output(reading: "Reading", provenance: Mapping[str, object]) -> "Writer":
+        return open_maps(
+            output,
+            LAYOUTS.get(layout, DrawnMap),
+            ids=reading.ids,
+            lengths=reading.lengths,
+            provenance=json.dumps(provenance),
+            overwrite=job.overwrite,
+        )
+
+    open_output(reading, {})  # what cannot be written fails before a model is loaded
     model = job.load()
-    sequences = job.encode(model, sequences)
+    reading, rows = job.encode(model, reading)
     try:
-        results = contact_rows(model, sequences.rows, max_tokens=job.max_tokens)
+        results = contact_rows(model, rows, max_tokens=job.max_tokens)
     except ValueError as error:  # the input is good, the model has no contact head
         raise CheckpointError(str(error)) from None
-    provenance = json.dumps(job.provenance(model, sequences))
-    writer = open_maps(job.output, layout, sequences.ids, sequences.lengths, provenance, job.overwrite)
-    return job.write(model, sequences, writer, results)
+    return job.write(model, reading, open_output(reading, job.provenance(model, reading)), results)

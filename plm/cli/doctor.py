@@ -123,6 +123,10 @@ def fitting(memory: int, bytes_per_number: int) -> list[str]:
     return [row.name for row in available() if (row.parameters or 0) * bytes_per_number * OVERHEAD <= memory]
 
 
+def fitting_cpu() -> list[str]:
+    return fitting(memory_limit(), 8 if packed_weights() else 4)  # float32, which lies there packed as well
+
+
 def fitting_cuda() -> list[str]:
     import torch
 
@@ -173,7 +177,7 @@ PROBES: dict[str, Callable[[], object]] = {
     "varlen attention in torch": varlen,
     "mps": mps,
     "memory": lambda: gigabytes(memory_limit()),
-    "fit on the cpu (float32)": lambda: fitting(memory_limit(), 4),
+    "fit on the cpu (float32)": fitting_cpu,
     "fit on the gpu (bfloat16)": fitting_cuda,
     "hub cache": hub_cache,
     "plm cache": own_cache,

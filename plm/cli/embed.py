@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plm.cli.job import Job, Sequences
+from plm.cli.job import Job
 from plm.cli.options import takes_sequences
 
 if TYPE_CHECKING:
     from plm.embedding import Pool
     from plm.outputs import Writer
+    from plm.sequences import Reading
 
 # Written out, because asking the library would import torch.
 FORMATS = ("safetensors", "npz", "h5", "bio-h5", "parquet", "esm-pt", "csv", "tsv", "jsonl")
@@ -46,14 +47,14 @@ def embed(job: Job, pool: str, layer: int, layout: str | None, store: str) -> in
         )
     if output == "-" and job.as_json:
         raise click.UsageError("with --json the summary goes to stdout: give the embeddings a file with -o.")
-    sequences = job.read()
+    reading = job.read()
 
-    def open_output(sequences: Sequences, channels: int, layer: int, provenance: Mapping[str, object]) -> "Writer":
+    def open_output(reading: "Reading", channels: int, layer: int, provenance: Mapping[str, object]) -> "Writer":
         return open_writer(
             output,
             format=layout or ("csv" if output == "-" else None),
-            ids=sequences.ids,
-            lengths=sequences.lengths,
+            ids=reading.ids,
+            lengths=reading.lengths,
             channels=channels,
             dtype=store,
             pooled=pooling is not None,
@@ -63,16 +64,19 @@ def embed(job: Job, pool: str, layer: int, layout: str | None, store: str) -> in
         )
 
     from plm.embedding import embed_rows, layer_number
-    from plm.outputs import open_writer
+    from plm.outputs import LayoutError, open_writer
 
-    open_output(sequences, 1, 0, {"pooling": pooling})  # what cannot be written fails before a model is loaded
+    try:
+        open_output(reading, 1, 0, {"pooling": pooling})  # what cannot be written fails before a model is loaded
+    except LayoutError as error:
+        raise click.UsageError(str(error)) from None
     model = job.load()
     try:
         number = layer_number(model, layer)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--layer") from None
-    sequences = job.encode(model, sequences)
-    provenance = {**job.provenance(model, sequences), "layer": number, "pooling": pooling, "stored": store}
-    writer = open_output(sequences, model.net.config.channels, number, provenance)
-    results = embed_rows(model, sequences.rows, layer=number, pool=pooling, max_tokens=job.max_tokens)
-    return job.write(model, sequences, writer, results)
+    reading, rows = job.encode(model, reading)
+    provenance = {**job.provenance(model, reading), "layer": number, "pooling": pooling, "stored": store}
+    writer = open_output(reading, model.net.config.channels, number, provenance)
+    results = embed_rows(model, rows, layer=number, pool=pooling, max_tokens=job.max_tokens)
+    return job.write(model, reading, writer, results)

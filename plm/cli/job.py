@@ -6,7 +6,7 @@ model is loaded, a sequence that the model does not take before anything is comp
 
 import hashlib
 import json
-import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,33 +19,14 @@ import click
 
 import plm
 from plm.cli.errors import Code
-from plm.sequences import TOKEN, Duplicates, Fault, Naming, OnStop, Record, read_records
+from plm.sequences import Duplicates, InputError, Naming, OnStop, Reading, read_records
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from plm.loading import Model
+    from plm.loading import Model, Origin, WeightFile
     from plm.outputs import Writer
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """The input: records to work on, one row of bytes for each (a byte per residue: letters, or ids once encoded), what
-    the reader changed, and what was left out for which reason."""
-
-    records: list[Record]
-    rows: list[bytes]
-    changes: list[str]
-    failed: list[Fault]
-
-    @property
-    def ids(self) -> list[str]:
-        return [record.id for record in self.records]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(row) for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -59,6 +40,7 @@ class Job:
     device: str
     dtype: str
     max_tokens: int | None
+    seed: int | None
     revision: str | None
     offline: bool
     column: str | None
@@ -72,7 +54,7 @@ class Job:
     quiet: bool
     as_json: bool
 
-    def read(self) -> Sequences:
+    def read(self) -> Reading:
         """Read the input, and say on stderr what was changed in it. Raises: InputError."""
         reading = read_records(
             self.input,
@@ -87,29 +69,41 @@ class Job:
         if not self.quiet:
             for change in reading.changes:
                 click.echo(f"Note: {change}", err=True)
-        rows = [record.sequence.encode() for record in reading.records]
-        return Sequences(reading.records, rows, reading.changes, reading.failed)
+        return reading
 
     def load(self) -> "Model":
         """Load the model. Raises: click.BadParameter for the device; CheckpointError."""
-        if not self.shows_progress:
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
+        import torch
+
         from plm.loading import load
 
         device = usable_device(self.device)
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
         return load(self.model, device=device, dtype=self.dtype, revision=self.revision, offline=self.offline)
 
-    def encode(self, model: "Model", sequences: Sequences) -> Sequences:
-        """Residues as the model numbers them. Raises: InputError with all that the model does not take."""
+    def encode(self, model: "Model", reading: Reading) -> tuple[Reading, list[bytes]]:
+        """The records that the model works on, and for each its residues as the model numbers them.
+
+        Raises: InputError with all that the model does not take, and where that is in the input.
+        """
         from plm.running import encode
 
-        limit = model.net.config.max_length
+        records, limit = reading.records, model.net.config.max_length
+        try:
+            return reading, encode(model, [record.sequence for record in records])
+        except InputError as error:
+            found = [(records[fault.record - 1], fault) for fault in error.faults]
+        faults = [replace(fault, line=record.line, record=record.number, id=record.id) for record, fault in found]
+        skipped = set()
         if limit is not None and self.too_long == "skip":
-            sequences = _skip_longer(sequences, limit - 2, model.checkpoint.name)
-        rows = encode(model, [record.sequence for record in sequences.records], sequences.ids)
-        return replace(sequences, rows=rows)
+            skipped = {record.number for record, _ in found if record.length > limit - 2}
+        if errors := [fault for fault in faults if fault.record not in skipped]:
+            raise InputError(reading.source, errors)
+        rest = [record for record in records if record.number not in skipped]
+        return self.encode(model, replace(reading, records=rest, failed=[*reading.failed, *faults]))
 
-    def provenance(self, model: "Model", sequences: Sequences) -> dict[str, Any]:
+    def provenance(self, model: "Model", reading: Reading) -> dict[str, Any]:
         """What goes into every output: how each number in it came about."""
         import torch
 
@@ -121,49 +115,46 @@ class Job:
             "model": origin.name,
             "source": origin.source,
             "revision": origin.revision,
-            "sha256": origin.sha256(),
+            "sha256": _hashes(origin),
             "licence": origin.licence,
             "citation": origin.citation,
             "dtype": _name(model.dtype),
             "device": str(model.device),
-            **_describe_input(self.input, literal=all(record.line == 0 for record in sequences.records)),
-            "changes": sequences.changes,
-            "sequences": len(sequences.records),
+            "seed": self.seed,
+            **_describe_input(self.input, literal=all(record.line == 0 for record in reading.records)),
+            "changes": reading.changes,
+            "sequences": len(reading.records),
         }
 
     def write(
-        self, model: "Model", sequences: Sequences, writer: "Writer", results: Iterable[tuple[int, "Tensor"]]
+        self, model: "Model", reading: Reading, writer: "Writer", results: Iterable[tuple[int, "Tensor"]]
     ) -> Code:
         """Write results while they come, then report. With no sequence left, no output is made."""
         from tqdm import tqdm
 
         start = perf_counter()
-        if sequences.records:
+        if reading.records:
             # In residues, and by the mean rate so far: the longest come first, so the estimate errs on the long side.
             bar = tqdm(
-                total=sum(sequences.lengths),
+                total=sum(reading.lengths),
                 unit=" residues",
                 unit_scale=True,
                 smoothing=0,
                 leave=False,
                 dynamic_ncols=True,
-                disable=not self.shows_progress,
+                disable=self.quiet or not sys.stderr.isatty(),
             )
             with bar, writer:
                 for index, result in results:
                     writer.write(index, result)
-                    bar.update(len(sequences.rows[index]))
-        self._report(model, sequences, perf_counter() - start)
-        return Code.SOME_FAILED if sequences.failed else Code.DONE
+                    bar.update(reading.records[index].length)
+        self._report(model, reading, perf_counter() - start)
+        return Code.SOME_FAILED if reading.failed else Code.DONE
 
-    @property
-    def shows_progress(self) -> bool:
-        return sys.stderr.isatty() and not self.quiet
-
-    def _report(self, model: "Model", sequences: Sequences, seconds: float) -> None:
-        for fault in sequences.failed:
+    def _report(self, model: "Model", reading: Reading, seconds: float) -> None:
+        for fault in reading.failed:
             click.echo(f"Failed: {fault}", err=True)
-        origin, proteins, residues = model.checkpoint, len(sequences.records), sum(sequences.lengths)
+        origin, proteins, residues = model.checkpoint, len(reading.records), sum(reading.lengths)
         speed, output = residues / max(seconds, 1e-9), self.output if proteins else None
         if self.as_json:
             summary = {
@@ -176,8 +167,8 @@ class Job:
                 "model": origin.name,
                 "revision": origin.revision,
                 "output": output,
-                "changes": sequences.changes,
-                "failed": [{"id": fault.id, "reason": str(fault)} for fault in sequences.failed],
+                "changes": reading.changes,
+                "failed": [{"id": fault.id, "reason": str(fault)} for fault in reading.failed],
             }
             click.echo(json.dumps(summary))
         if not self.quiet:
@@ -185,7 +176,7 @@ class Job:
             done = f"{_count(proteins, 'protein')}, {_count(residues, 'residue')} in {seconds:.1f} s"
             how = f"{speed:,.0f} residues/s on {model.device} in {_name(model.dtype)} with {name}"
             where = f" -> {output}" if output not in (None, "-") else ""
-            failed = f"; {len(sequences.failed):,} failed" if sequences.failed else ""
+            failed = f"; {len(reading.failed):,} failed" if reading.failed else ""
             click.echo(f"{done}, {how}{where}{failed}", err=True)
 
 
@@ -199,16 +190,15 @@ def usable_device(name: str) -> "torch.device":
         raise click.BadParameter(str(error), param_hint="--device") from None
 
 
-def _skip_longer(sequences: Sequences, limit: int, model: str) -> Sequences:
-    records, failed = [], list(sequences.failed)
-    for number, record in enumerate(sequences.records, 1):
-        length = len(TOKEN.sub(b"X", record.sequence.encode()))  # <mask> is one residue
-        if length <= limit:
-            records.append(record)
-        else:
-            reason = f"{length:,} residues; {model} takes at most {limit:,}"
-            failed.append(Fault(reason, "cut it into domains", record.line, number, record.id))
-    return replace(sequences, records=records, failed=failed)
+def _hashes(origin: "Origin") -> dict[str, str]:
+    """The sha256 of every weight file. The hub's cache names large files by it, and `fetch` has compared the two."""
+    fetched = not Path(origin.source).expanduser().exists()
+
+    def sha256(file: "WeightFile") -> str:
+        name = file.path.resolve().name
+        return name if fetched and re.fullmatch("[0-9a-f]{64}", name) else file.sha256
+
+    return {file.name: sha256(file) for file in origin.files}
 
 
 def _count(number: int, what: str) -> str:

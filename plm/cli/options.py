@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,12 @@ def _model_given(context: click.Context, option: click.Parameter, value: str | N
     return value
 
 
+def _hide_downloads(context: click.Context, option: click.Parameter, quiet: bool) -> bool:
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
+    return quiet
+
+
 model = click.option(
     "-m", "--model", callback=_model_given, metavar="NAME", help="Name, hub id, folder or file.  [required]"
 )
@@ -38,7 +46,7 @@ dtype = click.option(
 )
 revision = click.option("--revision", help="Commit or branch on the hub.")
 offline = click.option("--offline", is_flag=True, help="Use only what is on this machine.")
-quiet = click.option("-q", "--quiet", is_flag=True, help="On stderr only what went wrong.")
+quiet = click.option("-q", "--quiet", is_flag=True, callback=_hide_downloads, help="On stderr only what went wrong.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 _INPUT_AND_OUTPUT: tuple[Option, ...] = (
@@ -51,6 +59,9 @@ _HOW: tuple[Option, ...] = (
     device,
     dtype,
     click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens per batch: memory, not results."),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), help="Kept in the output; this verb draws no random numbers."
+    ),
     revision,
     offline,
     click.option("--column", help="Column of a CSV or TSV that holds the sequences."),
@@ -87,7 +98,7 @@ _HOW: tuple[Option, ...] = (
         help="A sequence that is longer than the model takes.",
     ),
     quiet,
-    click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout."),
+    as_json,
 )
 
 

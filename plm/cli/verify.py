@@ -17,8 +17,11 @@ from plm.cli.job import usable_device
 )
 @options.revision
 @options.offline
+@options.quiet  # no bars while it downloads
 @options.as_json
-def verify(source: str, device: str, dtype: str, revision: str | None, offline: bool, as_json: bool) -> int:
+def verify(
+    source: str, device: str, dtype: str, revision: str | None, offline: bool, quiet: bool, as_json: bool
+) -> int:
     """Check a model against published numbers.
 
     SOURCE is a name, hub id, folder or file. Where transformers or fair-esm is installed, it is compared with, too.

@@ -25,11 +25,11 @@ from plm.outputs.hdf5 import BioH5Writer, H5Writer, read_h5
 from plm.outputs.npz import NpzWriter, read_npz
 from plm.outputs.packed import SafetensorsWriter, read_safetensors
 from plm.outputs.parquet import ParquetWriter, read_parquet
-from plm.outputs.target import FileTarget, FolderTarget, OutputError, StandardOutput, Target
+from plm.outputs.target import FileTarget, FolderTarget, LayoutError, OutputError, StandardOutput, Target
 from plm.outputs.text import CsvWriter, JsonlWriter, TsvWriter, read_csv, read_jsonl, read_tsv
 from plm.outputs.writer import DTYPES, Contents, Embeddings, Writer
 
-__all__ = ["FORMATS", "Embeddings", "OutputError", "Writer", "open_writer", "read_embeddings"]
+__all__ = ["FORMATS", "Embeddings", "LayoutError", "OutputError", "Writer", "open_writer", "read_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,19 @@ def open_writer(
         overwrite: replace an existing target, when the new one is complete.
 
     Raises:
-        OutputError: before any work: an unknown layout, or one that cannot hold this; the target exists; its folder is
-            missing or closed; too little space; a missing library.
+        LayoutError: before any work: an unknown layout, or one that cannot hold this.
+        OutputError: before any work: the target exists; its folder is missing or closed; too little space; a missing
+            library.
     """
     name = _choose(path, format)
     layout = LAYOUTS[name]
     if len(ids) != len(lengths):
         raise ValueError(f"{len(ids)} ids and {len(lengths)} lengths; every sequence has one of each")
     if dtype not in DTYPES:
-        raise OutputError(f"cannot store {dtype}; choose {', '.join(DTYPES)} (bfloat16 fits into float32 exactly)")
+        raise LayoutError(f"cannot store {dtype}; choose {', '.join(DTYPES)} (bfloat16 fits into float32 exactly)")
     if not pooled and not layout.writer.per_residue:
         able = ", ".join(name for name, layout in LAYOUTS.items() if layout.writer.per_residue)
-        raise OutputError(f"{name} holds pooled embeddings only; pool them (mean, max, cls), or write {able}")
+        raise LayoutError(f"{name} holds pooled embeddings only; pool them (mean, max, cls), or write {able}")
     contents = Contents(tuple(ids), tuple(lengths), channels, dtype, pooled, layer, json.dumps(dict(provenance)))
     target: Target
     if os.fspath(path) == "-":
@@ -115,10 +116,10 @@ def read_embeddings(path: str | os.PathLike[str], *, format: str | None = None) 
 def _choose(path: str | os.PathLike[str], format: str | None) -> str:
     text = os.fspath(path)
     if format is not None and format not in LAYOUTS:
-        raise OutputError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
+        raise LayoutError(f"unknown format {format!r}; choose one of {', '.join(LAYOUTS)}")
     if text == "-":
         if format not in ("csv", "tsv", "jsonl"):
-            raise OutputError(
+            raise LayoutError(
                 f"stdout takes csv, tsv or jsonl, not {format or 'an unnamed format'}; choose with --format"
             )
         return format
@@ -131,4 +132,4 @@ def _choose(path: str | os.PathLike[str], format: str | None) -> str:
     if text.endswith(("/", os.sep)) or os.path.isdir(text):  # noqa: PTH112 - Path.is_dir() may raise
         return "esm-pt"
     known = ", ".join(suffix for layout in LAYOUTS.values() for suffix in layout.suffixes)
-    raise OutputError(f"{text}: the suffix {suffix!r} names no layout; use {known}, a folder for esm-pt, or --format")
+    raise LayoutError(f"{text}: the suffix {suffix!r} names no layout; use {known}, a folder for esm-pt, or --format")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from plm.outputs.target import MARKER, OutputError, Target
+from plm.outputs.target import MARKER, LayoutError, Target
 from plm.outputs.writer import Array, Contents, Embeddings, Writer, safe_names
 
 NAME_LIMIT = 200  # bytes; file systems take 255, and ".pt" and the suffix of a repeat come after
@@ -27,12 +27,12 @@ class EsmPtWriter(Writer):
     def __init__(self, target: Target, contents: Contents) -> None:
         super().__init__(target, contents)
         if contents.layer < 0:
-            raise OutputError(f"esm-pt counts layers from 0 (embeddings) up; got layer {contents.layer}")
+            raise LayoutError(f"esm-pt counts layers from 0 (embeddings) up; got layer {contents.layer}")
         self._key = "representations"
         if contents.pooled:
             pooling = json.loads(contents.provenance).get("pooling", "mean")
             if pooling not in POOLED:
-                raise OutputError(f"esm-pt has no place for pooling {pooling!r}; use {' or '.join(POOLED)}, or .h5")
+                raise LayoutError(f"esm-pt has no place for pooling {pooling!r}; use {' or '.join(POOLED)}, or .h5")
             self._key = POOLED[pooling]
         self._names = safe_names(contents.ids, NAME_LIMIT)
 

@@ -10,61 +10,29 @@
 """
 
 import json
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 
-from plm.outputs.target import OutputError, Target
-from plm.outputs.writer import Array, Contents, Embeddings, Writer
-
-CODES = {"float16": "F16", "float32": "F32", "float64": "F64"}
-HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses more
+from plm.outputs.by_offset import CODES, OffsetWriter
+from plm.outputs.target import Target
+from plm.outputs.writer import Contents, Embeddings
 
 
-class SafetensorsWriter(Writer):
-    """The header is computed first, then each embedding is written at its place: memory stays constant."""
+class SafetensorsWriter(OffsetWriter):
+    """Small tables first, then the embeddings."""
 
     def __init__(self, target: Target, contents: Contents) -> None:
         super().__init__(target, contents)
-        rows = [1] * len(contents.ids) if contents.pooled else contents.lengths
-        self._offsets = np.cumsum([0, *rows], dtype="<i8")
         tables = {"lengths": np.asarray(contents.lengths, dtype="<i8")}
         if not contents.pooled:
-            tables["offsets"] = self._offsets
+            tables["offsets"] = np.cumsum([0, *contents.lengths], dtype="<i8")
+        tensors = [(name, "I64", table.shape) for name, table in tables.items()]
+        tensors.append(("embeddings", CODES[contents.dtype], (contents.rows, contents.channels)))
         metadata = {"ids": json.dumps(contents.ids), "provenance": contents.provenance}
-        header: dict[str, object] = {"__metadata__": metadata}
-        end = 0
-        for name, table in tables.items():
-            header[name] = {"dtype": "I64", "shape": table.shape, "data_offsets": (end, end := end + table.nbytes)}
-        header["embeddings"] = {
-            "dtype": CODES[contents.dtype],
-            "shape": (contents.rows, contents.channels),
-            "data_offsets": (end, end + contents.size),
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the data begin aligned
-        if len(text) > HEADER_LIMIT:
-            raise OutputError(f"{len(contents.ids):,} ids are too many for a safetensors header; write .h5 or .parquet")
-        self._front = len(text).to_bytes(8, "little") + text + b"".join(table.tobytes() for table in tables.values())
-
-    def _begin(self) -> None:
-        self._file = self.target.temporary.open("wb")
-        self._file.write(self._front)
-
-    def _put(self, index: int, array: Array) -> None:
-        row_bytes = self.contents.channels * array.itemsize
-        self._file.seek(len(self._front) + int(self._offsets[index]) * row_bytes)
-        self._file.write(array.data)
-
-    def _finish(self) -> None:
-        self._file.close()
-
-    def _abandon(self) -> None:
-        with suppress(OSError):  # closing writes what is buffered, which fails again on a full disk
-            self._file.close()
+        self._lay_out(metadata, tensors, b"".join(table.tobytes() for table in tables.values()))
 
 
 def read_safetensors(path: Path) -> Embeddings:

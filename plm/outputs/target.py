@@ -20,6 +20,10 @@ class OutputError(ValueError):
     """An output that cannot be written or read. The message says which, why and what to do."""
 
 
+class LayoutError(OutputError):
+    """A layout that there is not, or that cannot hold what is asked for: a mistake in the call, not of the disk."""
+
+
 class FileTarget:
     """One file, written at `temporary` and renamed to `path`."""
 
@@ -34,11 +38,14 @@ class FileTarget:
         with explained(self):
             if not folder.is_dir():
                 raise OutputError(f"cannot write {self.path}: {folder} is not a folder; create it first")
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise OutputError(f"cannot write {self.path}: no permission to write in {folder}; choose another one")
             with suppress(FileNotFoundError):
                 self.path.stat()  # unlike exists(), also finds a name that is too long
                 self.check_existing(overwrite)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()  # tells more than the folder's mode: /proc, say, claims to take
+        except OSError as error:
+            reason = f"{folder} takes no new files ({error.strerror}); choose another folder"
+            raise OutputError(f"cannot write {self.path}: {reason}") from error
         if (free := shutil.disk_usage(folder).free) < size:
             wanted = f"{size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
             raise OutputError(f"cannot write {self.path}: {wanted}; pool, store float16, or choose another disk")
@@ -124,5 +131,5 @@ def explained(target: Target) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)  # HDF5's own text takes several lines
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise OutputError(f"cannot write {target.path}: {reason}; nothing was left behind") from error
