@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from local_server import COMMIT, Handler, Server, Site, sha256
 
+import plm
 from plm_weights.errors import CheckpointError, DownloadError, UnknownModelError
 from plm_weights.fetch import download, fetch, home, weight_files
 from plm_weights.registry import Checkpoint, File
@@ -207,6 +209,57 @@ def test_original_form_offline_says_what_to_do(site: Site, monkeypatch: pytest.M
     with pytest.raises(DownloadError, match=r"tiny\.pt is missing.*switched off.*put the file of http"):
         fetch(row, form="original", offline=switch == "argument")
     assert not site.asked
+
+
+@pytest.fixture
+def twice_published(site: Site, golden: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """The tiny ESM-2 as its authors' two files on the server and on a hub where it is missing; known by name."""
+    originals = []
+    for name in ("esm2_tiny.pt", "esm2_tiny-contact-regression.pt"):
+        body = (golden / "esm" / "esm2_tiny" / name).read_bytes()
+        site.files[f"/models/{name}"] = body
+        originals.append(File(name, len(body), (sha256(body),), f"{site.url}/models/{name}"))
+    row = Checkpoint("tiny", "esm", "MIT", "none", hub="org/model", revision=COMMIT, originals=tuple(originals))
+    monkeypatch.setattr("plm_weights.registry._BY_NAME", {"tiny": row, "esm2_tiny": row})
+    return row
+
+
+def test_originals_of_fair_esm_serve_where_the_hub_cannot(
+    twice_published: Checkpoint, golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Offline, and where the download fails; only when both files are there and right, and never for a revision."""
+    folder, tiny = tmp_path / "torch" / "hub" / "checkpoints", golden / "esm" / "esm2_tiny"
+    folder.mkdir(parents=True)
+    shutil.copyfile(tiny / "esm2_tiny.pt", folder / "esm2_tiny.pt")
+    with pytest.raises(DownloadError, match=r"org/model@0123.* network is switched off"):
+        plm.load("tiny", offline=True)
+    shutil.copyfile(tiny / "esm2_tiny-contact-regression.pt", folder / "esm2_tiny-contact-regression.pt")
+    assert "instead" not in caplog.text
+    for offline in (True, False):
+        caplog.clear()
+        origin = plm.load("tiny", offline=offline).checkpoint
+        assert [file.path for file in origin.files] == [folder / file.name for file in twice_published.originals]
+        assert (origin.name, origin.source, origin.revision) == ("tiny", twice_published.originals[0].url, None)
+        assert f"The original files in {folder} are used instead" in caplog.text
+    with pytest.raises(DownloadError, match="org/model@main"):
+        plm.load("tiny", revision="main", offline=True)
+    damaged = bytearray((folder / "esm2_tiny.pt").read_bytes())
+    damaged[-1] ^= 1
+    (folder / "esm2_tiny.pt").write_bytes(damaged)
+    with pytest.raises(DownloadError, match="org/model@0123"):
+        plm.load("tiny", offline=True)
+
+
+def test_a_prefix_asks_for_the_authors_own_files(twice_published: Checkpoint, site: Site) -> None:
+    origin = plm.load("fair-esm:esm2_tiny").checkpoint
+    assert [path for _, path, _ in site.asked] == [f"/models/{file.name}" for file in twice_published.originals]
+    assert (origin.name, origin.source, origin.revision) == ("tiny", twice_published.originals[0].url, None)
+    assert [file.path.parent for file in origin.files] == [home() / "originals"] * 2
+    site.asked.clear()
+    plm.load("fair-esm:tiny", offline=True)
+    assert not site.asked
+    with pytest.raises(ValueError, match="original files have no revisions"):
+        plm.load("fair-esm:tiny", revision="main")
 
 
 def test_hub_form_downloads_once_and_takes_one_set_of_weights(site: Site) -> None:

@@ -46,17 +46,37 @@ def change_config(**values: object) -> Spoil:
 
 LAYER = "esm.encoder.layer.1.intermediate.dense"
 BAD_CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
-    "missing": (change_tensors(lambda t: t.pop(f"{LAYER}.bias")), rf"{LAYER}.bias"),
+    "missing": (change_tensors(lambda t: t.pop(f"{LAYER}.bias")), rf"(?s)model\.safetensors: .*{LAYER}.bias"),
+    "NaN": (
+        change_tensors(lambda t: [t[f"{LAYER}.{part}"][:1].fill_(torch.nan) for part in ("bias", "weight")]),
+        r"model\.safetensors has NaN or infinite values in blocks\.1\.up\.bias, blocks\.1\.up\.weight",
+    ),
+    "infinite": (
+        change_tensors(lambda t: t["lm_head.bias"][5:6].fill_(-torch.inf)),
+        r"infinite values in lm_head\.bias",
+    ),
+    "integers": (
+        change_tensors(lambda t: t.update({f"{LAYER}.bias": torch.ones(128, dtype=torch.int8)})),
+        r"model\.safetensors has blocks\.1\.up\.bias \(torch\.int8\); wanted one of float32",
+    ),
     "extra": (change_tensors(lambda t: t.update(stranger=torch.zeros(2))), "stranger"),
     "mis-shaped": (change_tensors(lambda t: t.update({f"{LAYER}.bias": torch.zeros(5)})), r"blocks\.1\.up\.bias"),
     "torn": (lambda f: os.truncate(f / "model.safetensors", 300_000), "model.safetensors"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "not json": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     "list": (lambda f: (f / "config.json").write_text("[]"), "must hold one JSON object; it holds a list"),
-    "no config": (lambda f: (f / "config.json").unlink(), "needs a config.json beside it"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"config\.json is missing; weights in this layout need it beside them",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "fewer layers": (change_config(num_hidden_layers=3), r"blocks\.3\.up\.bias"),
-    "other act": (change_config(hidden_act="relu"), "hidden_act"),
+    "other act": (change_config(hidden_act="relu"), r"config\.json: hidden_act is 'relu'"),
+    "other family": (change_config(model_type="bert"), r"config\.json: model_type is 'bert'"),
+    "foreign": (
+        lambda f: save_file({"a": torch.ones(1)}, f / "model.safetensors"),
+        r"model\.safetensors: these tensors",
+    ),
 }
 
 
@@ -93,6 +113,17 @@ def test_unknown_names_get_near_ones() -> None:
         plm.load("./nowhere/esm2")
     with pytest.raises(plm.CheckpointError, match=r"no such file or folder: nowhere\.pt"):
         plm.load("nowhere.pt")
+    with pytest.raises(plm.CheckpointError, match=r"no such file or folder: runs/best"):
+        plm.load(Path("runs/best"))
+    with pytest.raises(plm.UnknownModelError, match="no model is called 'esm2_t6': did you mean"):
+        plm.load("fair-esm:esm2_t6")
+
+
+def test_an_empty_name_is_not_the_current_folder(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hub)
+    with pytest.raises(plm.UnknownModelError, match="no model is called ''"):
+        plm.load("")
+    assert plm.load(".").checkpoint.name == "esm2"
 
 
 def test_offline_and_not_there_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,6 +142,60 @@ def test_every_form_gives_the_same_network(golden: Path, hub: Path) -> None:
     for state in states:
         assert state.keys() == original.keys()
         assert all(torch.equal(state[name], original[name]) for name in state)
+
+
+def test_a_folder_may_call_its_weights_what_it_likes(golden: Path, hub: Path) -> None:
+    """Layout and format are read from the content: hub names in a ``.pt`` or ``.ckpt``, fair-esm's in a ``.bin``."""
+    expected = plm.load(hub).net.state_dict()
+    tensors = load_file(hub / "model.safetensors")
+    (hub / "model.safetensors").rename(hub / "epoch-3.safetensors")
+
+    def check(source: Path) -> None:
+        state = plm.load(source).net.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items()), source
+
+    check(hub)
+    (hub / "epoch-3.safetensors").unlink()
+    for name in ("finetuned.pt", "last.ckpt", "weights.pth"):
+        torch.save(tensors, hub / name)
+        check(hub)
+        check(hub / name)
+        (hub / name).unlink()
+    for source, target in (("esm2_tiny.pt", "x.bin"), ("esm2_tiny-contact-regression.pt", "x-contact-regression.pt")):
+        shutil.copyfile(golden / "esm" / "esm2_tiny" / source, hub / target)
+    (hub / "config.json").write_text("{}")  # what fair-esm's file needs lies inside it
+    check(hub / "x.bin")
+
+
+def test_a_folder_with_several_weights(hub: Path) -> None:
+    (hub / "model.safetensors").rename(hub / "a.safetensors")
+    shutil.copyfile(hub / "a.safetensors", hub / "b.safetensors")
+    with pytest.raises(
+        plm.CheckpointError, match=r"several \.safetensors files \(a\.safetensors, b\.safetensors\); name"
+    ):
+        plm.load(hub)
+    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(plm.CheckpointError, match=r"model-1\.safetensors is not there"):
+        plm.load(hub)
+
+
+def test_names_of_local_models(hub: Path) -> None:
+    """A folder's whole name, which may hold dots; a file's, unless every model's file is called so."""
+    folder = hub.rename(hub.with_name("esm2.v1"))
+    shutil.copyfile(folder / "model.safetensors", folder / "best.v2.safetensors")
+    for source, name in ((folder, "esm2.v1"), (folder / "model.safetensors", "esm2.v1")):
+        assert plm.load(source).checkpoint.name == name
+    assert plm.load(folder / "best.v2.safetensors").checkpoint.name == "best.v2"
+
+
+def test_a_hub_model_is_named_by_its_id_and_commit(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = hub.rename(hub.with_name(commit))
+    monkeypatch.setattr("plm.loading.fetch", lambda row, **_: snapshot)
+    for source, name in (("someone/finetuned", "someone/finetuned"), ("esm2-8m", "esm2-8m")):
+        origin = plm.load(source, revision="main").checkpoint
+        assert (origin.name, origin.revision) == (name, commit)
+    assert (origin.source, origin.licence) == ("facebook/esm2_t6_8M_UR50D", "MIT")
 
 
 def test_what_a_model_knows_of_itself(hub: Path) -> None:
@@ -136,6 +221,11 @@ def test_dtypes(hub: Path) -> None:
         plm.load(hub, dtype="int8")
     with pytest.raises(ValueError, match=r"device 'warp' cannot be used"):
         plm.load(hub, device="warp")
+
+
+def test_none_means_auto(hub: Path) -> None:
+    ours, theirs = plm.load(hub, device=None, dtype=None), plm.load(hub)
+    assert (ours.device, ours.dtype) == (theirs.device, theirs.dtype)
 
 
 def test_missing_frequencies_are_those_of_the_published_files(hub: Path) -> None:

@@ -37,6 +37,7 @@ _ADVICE = {
     "RepositoryNotFoundError": "Look at the spelling; for a private repository set HF_TOKEN.",
     "RevisionNotFoundError": "Look at the revision.",
 }
+_SEE_HUB = "unknown: see its page on the hub"
 _CHUNK = 1 << 20
 _SECONDS = 30.0  # without a byte, after which a connection counts as broken
 
@@ -54,21 +55,43 @@ def fetch(
 
     ``source`` is a row, a name of the registry or a hub id; ``revision`` defaults to the row's, else to ``main``.
     Only one set of weights is downloaded, safetensors if there is one. The network is not asked for what lies complete
-    in the cache at a commit. ``cache_dir`` replaces the hub's cache, or the folder of original files.
+    in the cache at a commit. Where the hub's files cannot be had, original files on this machine take their place,
+    unless a ``revision`` was asked for. ``cache_dir`` replaces the hub's cache, or the folder of original files.
     ``progress`` is for original files; huggingface_hub draws its own.
 
-    Returns: the folder with ``config.json`` and the weights, or for ``form="original"`` the ``.pt`` file, beside which
-    its contact regression lies.
+    Returns: the folder with ``config.json`` and the weights, or of original files the ``.pt`` file, beside which its
+    contact regression lies.
     Raises: DownloadError; UnknownModelError if the name is neither in the registry nor of the form organisation/name.
     """
-    row = _row(source) if isinstance(source, str) else source
+    row = row_of(source) if isinstance(source, str) else source
     if form == "original":
         if revision is not None:
             raise ValueError(f"original files have no revisions, got {revision!r}: leave it out or use the hub form.")
         return _from_authors(row, offline, cache_dir, progress)
     if row.folder is not None:
         return Path(__file__).parent / row.folder
-    return _from_hub(row, revision, offline, cache_dir)
+    try:
+        return _from_hub(row, revision, offline, cache_dir)
+    except DownloadError as error:
+        with suppress(DownloadError):
+            if revision is None:
+                path = _from_authors(row, offline=True)
+                _LOG.warning("%s The original files in %s are used instead.", error, path.parent)
+                return path
+        raise
+
+
+def row_of(name: str) -> Checkpoint:
+    """The registry's row, or for an unknown hub id one that knows only its address.
+
+    Raises: UnknownModelError.
+    """
+    try:
+        return find(name)
+    except UnknownModelError:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise
+        return Checkpoint(name=name, family="unknown", licence=_SEE_HUB, citation=_SEE_HUB, hub=name)
 
 
 def home() -> Path:
@@ -182,7 +205,9 @@ def _read(read: Callable[[int], bytes]) -> bytes:
         raise _Broken(str(error)) from error
 
 
-def _from_authors(row: Checkpoint, offline: bool, cache_dir: Path | None, progress: Progress | None) -> Path:
+def _from_authors(
+    row: Checkpoint, offline: bool, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Path:
     if not row.originals:
         raise DownloadError(f"{row.name} has no original files on record: use the hub form.")
     first = row.originals[0].name
@@ -247,16 +272,6 @@ def _from_hub(row: Checkpoint, revision: str | None, offline: bool, cache_dir: P
         if path.is_file():
             _verify(path, file.size, file.sha256)
     return folder
-
-
-def _row(name: str) -> Checkpoint:
-    """The registry's row, or for an unknown hub id one that knows only its address."""
-    try:
-        return find(name)
-    except UnknownModelError:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise
-        return Checkpoint(name=name, family="unknown", licence="unknown", citation="unknown", hub=name)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -134,7 +134,9 @@ class TorchFile:
                         raise ValueError(f"its storage {storage.key} is shorter than {storage.bytes:,} bytes")
             except ERRORS as error:
                 reason = "its pickle is malformed" if isinstance(error, LookupError) else error
-                raise CheckpointError(f"{path} cannot be read as a torch checkpoint: {reason}") from error
+                raise CheckpointError(
+                    f"{path} cannot be read as a torch checkpoint: {reason}. If it may be torn, fetch it again."
+                ) from error
 
     def read(self, tensor: StoredTensor) -> Tensor:
         """The tensor with its own memory, strided as it was saved; of its storage only the needed span is read."""

@@ -19,7 +19,6 @@ from torch import Tensor
 from plm_weights.errors import CheckpointError
 from plm_weights.pickles import StoredTensor, TorchFile
 
-PICKLES = (".bin", ".pt", ".pth")
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -55,7 +54,7 @@ class TensorSource(Mapping[str, Tensor]):
 
 
 def open_tensors(path: str | Path) -> TensorSource:
-    """The tensors of a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file, or of the shards of an ``.index.json``.
+    """The tensors of a safetensors or ``torch.save`` file of any name, or of the shards of an ``.index.json``.
 
     Of a pickle, the tensors are those of its ``"model"`` (fair-esm, fairseq) if it has one, else those at its top.
 
@@ -66,15 +65,13 @@ def open_tensors(path: str | Path) -> TensorSource:
         raise CheckpointError(f"{path} is not there (or not a file); give a checkpoint file")
     if path.name.endswith(".index.json"):
         return _open_shards(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in PICKLES:
-        return _open_pickle(path)
-    raise CheckpointError(f"{path}: unknown suffix; wanted .safetensors, {', '.join(PICKLES)} or .index.json")
+    with path.open("rb") as file:
+        head = file.read(9)
+    return _open_safetensors(path) if head[8:] == b"{" else _open_pickle(path)  # its header follows 8 bytes of length
 
 
 def read_fair_esm(path: str | Path) -> TensorSource:
-    """A fair-esm ``.pt``, joined with the ``<stem>-contact-regression.pt`` beside it where there is one."""
+    """``open_tensors``, joined with the ``<stem>-contact-regression.pt`` beside the file where there is one."""
     path = Path(path)
     regression = _regression_beside(path)
     model = open_tensors(path)
@@ -108,7 +105,7 @@ def _open_safetensors(path: Path) -> TensorSource:
                 raise ValueError(f"{name} has dtype {entry['dtype']}, which this torch does not know")
             meta[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is torn or not a safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is torn or not a safetensors file: {error}. Fetch it again.") from error
     return TensorSource(meta, extras, (path,), handle.get_tensor)
 
 
@@ -178,26 +175,40 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that is either whole or not there. A tensor with two names is written twice."""
+def write_safetensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    beside: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, and small text files ``beside`` it by name: either all are whole or none is there.
+
+    A tensor with two names is written twice.
+
+    Raises: OSError naming the files.
+    """
+    path, texts = Path(path), beside or {}
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         whole = tensor.detach().contiguous()
         separate[name] = whole.clone() if whole.data_ptr() in seen else whole
         seen.add(whole.data_ptr())
-    with _replacing(Path(path)) as temporary:
-        save_file(separate, temporary, dict(metadata))
+    with _replacing(*map(path.with_name, texts), path) as temporaries:
+        for text, temporary in zip(texts.values(), temporaries[:-1], strict=True):
+            temporary.write_text(text)
+        save_file(separate, temporaries[-1], dict(metadata))
 
 
 def write_fair_esm(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write tensors with fair-esm's names as its loader wants them: the model, and its contact regression beside it.
 
-    ``config`` has the keywords of our ESM config. Each of the two files is either whole or not there. A tensor with two
-    names stays one: fair-esm clears the ``<mask>`` row of the embedding, and with it that of the head.
+    ``config`` has the keywords of our ESM config. Either both files are whole or none is there. A tensor with two names
+    stays one: fair-esm clears the ``<mask>`` row of the embedding, and with it that of the head.
 
     Raises: ValueError where fair-esm could not load the result: it reads the architecture and whether there is a
     contact regression off the file's name, and fixes some numbers (fair-esm 2.0.0, esm/pretrained.py, esm/model/).
+    OSError naming the files.
     """
     path = Path(path)
     beside = _regression_beside(path)
@@ -207,7 +218,7 @@ def write_fair_esm(path: str | Path, tensors: Mapping[str, Tensor], config: Mapp
     faults = {
         "the name must end in .pt": path.suffix != ".pt",
         "the name must start with esm2 exactly when positions are rotary": path.stem.startswith("esm2") != rotary,
-        "the name must contain esm1v exactly when there is no contact head": ("esm1v" in path.stem) == bool(head),
+        "the name must not contain esm1v, as the model has a contact head": "esm1v" in path.stem and bool(head),
         "ESM-2 must have feed_forward = 4 * channels": rotary and config["feed_forward"] != 4 * config["channels"],
         "norm_eps must be 1e-5": config["norm_eps"] != 1e-5,
         f"{beside.name} must not be there, as the model has no contact head": beside.exists() and not head,
@@ -229,24 +240,33 @@ def write_fair_esm(path: str | Path, tensors: Mapping[str, Tensor], config: Mapp
         arguments.arch = "roberta_large"
         arguments.max_positions = config["learned_positions"] - 2  # the table starts at padding_idx + 1 = 2
         whole = {"args": arguments, "model": body}
-    if head:
-        _save({"model": head}, beside)
-    _save(whole, path)
+    contents = {beside: {"model": head}, path: whole} if head else {path: whole}
+    with _replacing(*contents) as temporaries:
+        for content, temporary in zip(contents.values(), temporaries, strict=True):
+            _save(content, temporary)
 
 
 def _save(content: object, path: Path) -> None:
-    with _replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of a full disk, while it handles the system's own error
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that takes the place of ``path`` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary neighbours that take the places of ``paths`` in this order, once all of them are on the disk."""
+    temporaries = [path.with_name(f".{path.name}.{os.getpid()}") for path in paths]
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield temporaries
+        for temporary in temporaries:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{', '.join(map(str, paths))} could not be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
