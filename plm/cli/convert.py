@@ -39,14 +39,14 @@ def convert(
 ) -> int:
     """Write a checkpoint in another form.
 
-    The weights of SOURCE (name, hub id, folder or file) go to TARGET, tensor for tensor. TARGET is a folder, or a .pt
-    file for `--to original`.
+    The weights of SOURCE (name, hub id, folder or file) go to TARGET, tensor for tensor. TARGET is a folder; for
+    `--to original` it may be a .pt file.
     """
     if explain:
         print_key_map(source, revision, offline, as_json)
         return 0
     if target is None:
-        raise click.UsageError("TARGET is missing: give a folder, or a .pt file for --to original.")
+        raise click.UsageError("TARGET is missing: give a folder (for --to original, a .pt file will do as well).")
     from plm.conversion import convert
 
     files = convert(source, target, to=form, dtype=dtype, revision=revision, offline=offline)
