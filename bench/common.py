@@ -47,11 +47,9 @@ def copy_ceiling(tries: int = 8) -> float:
 
 
 def race(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after one that is not counted; the order turns by one each round."""
+    """Seconds of every contestant in every round; the order turns by one each round. Let each run once before."""
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        contestants[name]()
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(seconds(contestants[name]))

@@ -161,7 +161,7 @@ def compare(results: dict[str, list[Tensor]]) -> float:
 def measure(name: str, dtype: torch.dtype, count: int, rounds: int) -> dict[str, object]:
     sequences = proteins(count)
     config, runners = contestants(name, dtype, sequences)
-    distance = compare({who: embed() for who, embed in runners.items()})
+    distance = compare({who: embed() for who, embed in runners.items()})  # and so every contestant is warm
     bound = 1e-4 if dtype == torch.float32 else 3e-2
     assert distance < bound, f"the contestants disagree by {distance:.2g} (allowed {bound})"
     before = gemm_ceiling(dtype)
