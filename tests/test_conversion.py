@@ -155,3 +155,9 @@ def test_the_mask_row_of_fair_esms_esm1b_becomes_zero(golden: Path, tmp_path: Pa
     assert stored[32].any() and not own[32].any() and torch.equal(own[:32], stored[:32])
     back = plm.convert(source, tmp_path / "back", to="original")[-1]
     assert torch.equal(open_tensors(back)[name], stored)
+
+
+def test_files_are_as_readable_as_any_other(golden: Path, tmp_path: Path) -> None:
+    """safetensors leaves its files to their owner alone, which breaks a folder that a group shares."""
+    plm.convert(golden / "esm" / "esm2_tiny", tmp_path / "out")
+    assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}) == 1

@@ -1,6 +1,7 @@
 """Rows, headers and published values of every checkpoint, proven without a download."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import runpy
@@ -14,7 +15,9 @@ from plm.models.esm import ESM, Config
 from plm_weights import esm, registry
 from plm_weights.checks import Check, checks
 from plm_weights.errors import UnknownModelError
+from plm_weights.fetch import fetch
 from plm_weights.keymap import Drop, KeyMap, check, export_weights
+from plm_weights.read import open_tensors
 from plm_weights.registry import CHECKPOINTS, Checkpoint, Form, find, header
 
 WEIGHTS = Path(registry.__file__).parent
@@ -48,6 +51,19 @@ def test_every_checkpoint_of_the_family_has_a_row() -> None:
         *("plm-mini", "esm2-8m", "esm2-35m", "esm2-150m", "esm2-650m", "esm2-3b", "esm2-15b"),
         *("esm1b", "esm1v-1", "esm1v-2", "esm1v-3", "esm1v-4", "esm1v-5"),
     ]
+
+
+def test_plm_mini_ships_as_its_row_says() -> None:
+    row = find("plm-mini")
+    folder = fetch(row)
+    for file in row.files:
+        content = (folder / file.name).read_bytes()
+        assert file.size in (None, len(content))
+        assert not file.sha256 or hashlib.sha256(content).hexdigest() in file.sha256
+    source = open_tensors(folder / "model.safetensors")
+    trained = [name for name in source if not name.endswith("inv_freq")]
+    assert sum(source.meta[name].numel() for name in trained) == row.parameters
+    assert {str(source.meta[name].dtype) for name in trained} == {"torch.float16"}
 
 
 def test_names_are_unique_and_rows_well_formed() -> None:

@@ -197,7 +197,10 @@ def write_safetensors(
     with _replacing(*map(path.with_name, texts), path) as temporaries:
         for text, temporary in zip(texts.values(), temporaries[:-1], strict=True):
             temporary.write_text(text)
+        temporaries[-1].touch()
+        mode = temporaries[-1].stat().st_mode
         save_file(separate, temporaries[-1], dict(metadata))
+        temporaries[-1].chmod(mode)  # safetensors makes files that nobody but their owner can read
 
 
 def write_fair_esm(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
