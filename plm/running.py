@@ -63,9 +63,16 @@ def encode(model: Model, sequences: Sequence[str], names: Sequence[str] | None =
     return rows
 
 
-def default_max_tokens(device: torch.device) -> int:
-    """Tokens per batch: enough to fill the machine, few enough to stay in its caches and memory."""
-    return 65_536 if device.type == "cuda" else 4_096
+def default_max_tokens(model: Model) -> int:
+    """Tokens per batch: enough to fill the machine, few enough to stay in its caches and memory.
+
+    On a CPU the widest tensor stays below 32 MiB, from where on glibc asks the system for every tensor anew and each
+    of its pages is a fault.
+    """
+    if model.device.type == "cuda":
+        return 65_536
+    widest = model.net.config.feed_forward * model.dtype.itemsize
+    return max(1_024, min(4_096, (32 << 20) // widest))
 
 
 def run(
@@ -79,7 +86,7 @@ def run(
         FloatingPointError: a result has a NaN or an infinity.
         MemoryError: a single sequence does not fit.
     """
-    budget = default_max_tokens(model.device) if max_tokens is None else max_tokens
+    budget = default_max_tokens(model) if max_tokens is None else max_tokens
     pending = list(batches([len(row) + 2 for row in rows], budget))
     pending.reverse()
     while pending:

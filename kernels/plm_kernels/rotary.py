@@ -32,10 +32,10 @@ class Turns:
 def rotary_half(x: Tensor, turns: Turns) -> Tensor:
     """Rotate channel ``i`` with ``i + d/2``: ``[n, h, d] -> [n, h, d]`` (ESM-2, GPT-NeoX, LLaMA)."""
     first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat((second, first), dim=-1)
     cos = torch.cat((turns.cos, turns.cos), dim=-1)
     sin = torch.cat((-turns.sin, turns.sin), dim=-1)
-    return torch.addcmul(x * cos, swapped, sin)
+    # One new tensor of the size of x, and not three: fresh memory costs more than the arithmetic on it.
+    return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 
 
 def rotary_pairs(x: Tensor, turns: Turns) -> Tensor:
