@@ -1,0 +1,99 @@
+"""Every code block of the README runs as printed; only downloads are replaced, by random weights."""
+
+import gzip
+import re
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import plm
+from plm.cli import main
+from plm.cli.errors import Code
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+SHELL = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with proteins.fasta.gz in it, on a machine where every download gives a random ESM-2 8M."""
+    real = plm.loading.fetch
+
+    def fetch(source: object, **options: object) -> Path:
+        ships = getattr(source, "folder", None) is not None
+        return real(source, **options) if ships else random_8m
+
+    monkeypatch.setattr("plm.loading.fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    lines = gzip.decompress((ROOT / "examples" / "data" / "yeast_300.fasta.gz").read_bytes()).split(b"\n>")[:5]
+    (tmp_path / "proteins.fasta.gz").write_bytes(gzip.compress(b"\n>".join(lines)))
+    return tmp_path
+
+
+def test_python_blocks_run_one_after_the_other(desk: Path) -> None:
+    scope: dict[str, object] = {}
+    for code in (block for kind, block in BLOCKS if kind == "python"):
+        exec(compile(code, "README.md", "exec"), scope)
+    assert scope["residues"][0].shape == (25, 240)
+    assert [tuple(rows.shape) for rows in scope["middle"]] == [(25, 240), (28, 240)]
+    assert [tuple(found.shape) for found in scope["maps"]] == [(25, 25), (28, 28)]
+    assert (desk / "esm2_8m-contact-regression.pt").exists()
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("plm ")])
+def test_commands_run(desk: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = shlex.split(line)[1:]
+    # Random weights give none of the published numbers, and `verify` has to say so.
+    wanted = Code.BAD_MODEL if arguments[0] == "verify" else Code.DONE
+    assert main(arguments) == wanted, capsys.readouterr().err
+    for flag, value in pairwise(arguments):
+        if flag == "-o" and value != "-":
+            assert (desk / value).stat().st_size > 0
+
+
+def test_other_commands_name_things_that_exist() -> None:
+    """What cannot run inside a test: cloning, installing, make, and benchmarks. Their names must be right at least."""
+    others = [line for line in SHELL if line and not line.startswith("plm ")]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in others:
+        match shlex.split(line):
+            case ["git", "clone", *_] | ["pip", "install", "."]:
+                pass
+            case ["make", target]:
+                assert target in targets
+            case ["python", script, *options]:
+                text = (ROOT / script).read_text()
+                assert all(f'"{option}"' in text for option in options if option.startswith("--"))
+            case _:
+                pytest.fail(f"README has a command that no test runs: {line}")
+
+
+def test_links_and_tree_name_files_that_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"\b[\w/]+\.(?:py|md)\b", README.split("## Where things are")[1].split("| to add")[0]):
+        assert any(path.name == Path(name).name for path in ROOT.rglob(Path(name).name)), name
+
+
+def test_table_lists_the_registry() -> None:
+    named = set(re.findall(r"^\| `([\w-]+)`", README, re.MULTILINE)) | {f"esm1v-{i}" for i in range(2, 6)}
+    assert named == {row.name for row in plm.available()}
+
+
+def test_demo_writes_what_it_says(tmp_path: Path) -> None:
+    paths = ":".join(str(ROOT / folder) for folder in ("", "kernels", "weights"))
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path]
+    environment = {"PYTHONPATH": paths, "MPLCONFIGDIR": str(tmp_path)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "300 proteins, 120,229 residues" in run.stdout
+    assert (tmp_path / "yeast.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "yeast.safetensors").stat().st_size > 300 * 240 * 4
