@@ -3,7 +3,7 @@
     python examples/demo.py --output demo
 
 Writes `yeast.safetensors` (one mean-pooled vector per protein) and `yeast.png` (their two principal components,
-coloured by net charge per residue, which the model was never told).
+coloured by the share of charged residues, which the first component follows).
 """
 
 import argparse
@@ -24,9 +24,9 @@ import matplotlib.pyplot as plt
 PROTEINS = Path(__file__).with_name("data") / "yeast_300.fasta.gz"
 
 
-def net_charge(sequence: str) -> float:
-    """Charge per residue at neutral pH, counting K and R as +1, D and E as -1."""
-    return sum(sequence.count(a) for a in "KR") / len(sequence) - sum(sequence.count(a) for a in "DE") / len(sequence)
+def charged_share(sequence: str) -> float:
+    """Share of residues that are charged at neutral pH, of either sign."""
+    return sum(sequence.count(letter) for letter in "DEKR") / len(sequence)
 
 
 def principal_components(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,11 +37,10 @@ def principal_components(x: Tensor) -> tuple[Tensor, Tensor]:
     return left[:, :2] * values[:2], variances[:2] / variances.sum()
 
 
-def draw(path: Path, points: Tensor, shares: Tensor, charges: list[float], title: str) -> None:
+def draw(path: Path, points: Tensor, shares: Tensor, charged: list[float], title: str) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 5.4), layout="constrained")
-    limit = sorted(map(abs, charges))[int(0.98 * len(charges))]
-    dots = axes.scatter(*points.T.tolist(), c=charges, cmap="coolwarm_r", vmin=-limit, vmax=limit, s=22, linewidths=0)
-    figure.colorbar(dots, ax=axes, label="net charge per residue")
+    dots = axes.scatter(*points.T.tolist(), c=charged, cmap="viridis", s=22, linewidths=0)
+    figure.colorbar(dots, ax=axes, label="share of charged residues (D, E, K, R)", format="{x:.0%}")
     axes.set(xlabel=f"PC 1 ({shares[0]:.0%} of variance)", ylabel=f"PC 2 ({shares[1]:.0%})", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -74,7 +73,7 @@ def main() -> None:
 
     points, shares = principal_components(torch.stack(vectors))
     title = f"{len(records)} yeast proteins, {origin.name} (mean over residues)"
-    draw(folder / "yeast.png", points, shares, [net_charge(sequence) for sequence in sequences], title)
+    draw(folder / "yeast.png", points, shares, [charged_share(sequence) for sequence in sequences], title)
 
     residues = sum(lengths)
     print(
