@@ -186,3 +186,12 @@ def test_a_bug_keeps_its_traceback(run: Plm, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PLM_DEBUG", "1")
     with pytest.raises(plm.UnknownModelError):
         run("embed", "MKT", "-m", "esm3", "-o", "out.h5")
+
+
+def test_the_input_is_never_overwritten(run: Plm, fasta: str) -> None:
+    """``-o`` with the input's own name and --overwrite once replaced the proteins by their embeddings."""
+    before = Path(fasta).read_bytes()
+    code, _, err = run("embed", fasta, "-m", ESM2, "-o", fasta, "--format", "npz", "--overwrite")
+    assert code == 2
+    assert "is the input" in err
+    assert Path(fasta).read_bytes() == before

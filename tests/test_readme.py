@@ -3,6 +3,7 @@
 import gzip
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,6 +16,7 @@ from plm.cli import main
 from plm.cli.errors import Code
 
 ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "data" / "yeast_300.fasta.gz"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 SHELL = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
@@ -33,7 +35,9 @@ def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
     monkeypatch.setattr("plm.loading.fetch", fetch)
     monkeypatch.chdir(tmp_path)
-    lines = gzip.decompress((ROOT / "examples" / "data" / "yeast_300.fasta.gz").read_bytes()).split(b"\n>")[:5]
+    (tmp_path / "examples" / "data").mkdir(parents=True)
+    shutil.copyfile(EXAMPLE, tmp_path / "examples" / "data" / EXAMPLE.name)
+    lines = gzip.decompress(EXAMPLE.read_bytes()).split(b"\n>")[:5]
     (tmp_path / "proteins.fasta.gz").write_bytes(gzip.compress(b"\n>".join(lines)))
     return tmp_path
 

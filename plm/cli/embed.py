@@ -43,7 +43,7 @@ def embed(job: Job, pool: str, layer: int, layout: str | None, store: str) -> in
     output = job.output or "-"
     if output == "-" and pooling is None:
         raise click.UsageError(
-            "a vector per residue needs a file: add -o out.h5 (or .safetensors, .npz), or --pool mean."
+            "a vector per residue needs a file: add -o out.safetensors (or .npz, .h5), or --pool mean."
         )
     if output == "-" and job.as_json:
         raise click.UsageError("with --json the summary goes to stdout: give the embeddings a file with -o.")

@@ -55,7 +55,9 @@ class Job:
     as_json: bool
 
     def read(self) -> Reading:
-        """Read the input, and say on stderr what was changed in it. Raises: InputError."""
+        """Read the input, and say on stderr what was changed in it. Raises: InputError; click.UsageError."""
+        if self.output and _is_same_file(self.input, self.output):
+            raise click.UsageError(f"{self.output} is the input; --overwrite would destroy it. Choose another output.")
         reading = read_records(
             self.input,
             column=self.column,
@@ -199,6 +201,13 @@ def _hashes(origin: "Origin") -> dict[str, str]:
         return name if fetched and re.fullmatch("[0-9a-f]{64}", name) else file.sha256
 
     return {file.name: sha256(file) for file in origin.files}
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except OSError:  # one of them is no file: stdin, a literal sequence, an output yet to be written
+        return False
 
 
 def _count(number: int, what: str) -> str:

@@ -148,7 +148,8 @@ def require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        message = f"this layout needs {module.partition('.')[0]}: pip install 'plm-torch[{extra}]'"
+        library = module.partition(".")[0]
+        message = f"this layout needs {library}: pip install {library} (or plm with its extra, 'plm-torch[{extra}]')"
         raise OutputError(message) from error
 
 
