@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor
 
 from plm_weights.errors import CheckpointError
-from plm_weights.keymap import Drop, KeyMap, Row, Tied
+from plm_weights.keymap import Drop, KeyMap, Row, Tied, affine, stacked
+from plm_weights.settings import read_size, read_value, require
 
 VOCABULARY = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
 PAD, MASK = VOCABULARY.index("<pad>"), VOCABULARY.index("<mask>")
@@ -64,29 +65,12 @@ def _layout(names: Iterable[str]) -> tuple[Layout, str]:
     raise CheckpointError(f"these tensors are not those of ESM-1b, ESM-1v or ESM-2 in any known layout: {some}, ...")
 
 
-def _affine(source: str, target: str, optional: bool = False) -> KeyMap:
-    return tuple(Row(f"{source}.{part}", f"{target}.{part}", optional=optional) for part in ("weight", "bias"))
-
-
 def _layer_norm(source: str, target: str) -> KeyMap:
     """Norms that transformers 5 saves as gamma and beta, if the model was not itself loaded from weight and bias."""
     return (
-        *_affine(source, target, optional=True),
+        *affine(source, target, optional=True),
         Row(f"{source}.gamma", f"{target}.weight", optional=True),
         Row(f"{source}.beta", f"{target}.bias", optional=True),
-    )
-
-
-def _stacked(source: str, parts: tuple[str, str, str], target: str) -> KeyMap:
-    """Query, key and value projections as one, in this order."""
-    return tuple(
-        Row(
-            tuple(f"{source}{part}.{p}" for part in parts),
-            f"{target}.{p}",
-            "three o ... -> (three o) ...",
-            {"three": 3},
-        )
-        for p in ("weight", "bias")
     )
 
 
@@ -115,23 +99,23 @@ def hub_rows(*, rotary: bool, contact_head: bool, prefix: str = "esm.") -> KeyMa
         Row(words, "embed.weight"),
         Drop(f"{prefix}embeddings.position_ids", "counts 0, 1, 2, ...; computed where needed"),
         *placed,
-        *_affine(f"{prefix}embeddings.layer_norm", "norm_before", optional=True),
+        *affine(f"{prefix}embeddings.layer_norm", "norm_before", optional=True),
         *_layer_norm(f"{layer}attention.LayerNorm", f"{block}attention_norm"),
-        *_stacked(f"{layer}attention.self.", ("query", "key", "value"), f"{block}attention.qkv"),
-        *_affine(f"{layer}attention.output.dense", f"{block}attention.out"),
+        *stacked(f"{layer}attention.self.", ("query", "key", "value"), f"{block}attention.qkv"),
+        *affine(f"{layer}attention.output.dense", f"{block}attention.out"),
         *_layer_norm(f"{layer}LayerNorm", f"{block}feed_forward_norm"),
-        *_affine(f"{layer}intermediate.dense", f"{block}up"),
-        *_affine(f"{layer}output.dense", f"{block}down"),
-        *_affine(f"{prefix}encoder.emb_layer_norm_after", "norm"),
-        *(_affine(regression, "contact_head") if contact_head else contacts),
-        *_affine("lm_head.dense", "lm_head.dense", optional=True),
-        *_affine("lm_head.layer_norm", "lm_head.norm", optional=True),
+        *affine(f"{layer}intermediate.dense", f"{block}up"),
+        *affine(f"{layer}output.dense", f"{block}down"),
+        *affine(f"{prefix}encoder.emb_layer_norm_after", "norm"),
+        *(affine(regression, "contact_head") if contact_head else contacts),
+        *affine("lm_head.dense", "lm_head.dense", optional=True),
+        *affine("lm_head.layer_norm", "lm_head.norm", optional=True),
         Row("lm_head.bias", "lm_head.bias", optional=True),
         Tied("lm_head.decoder.weight", words, "the head shares the embedding", optional=True),
-        *_affine(f"{prefix}pooler.dense", "pooler", optional=True),
-        *_affine("classifier.dense", "sequence_classifier.dense", optional=True),
-        *_affine("classifier.out_proj", "sequence_classifier.out", optional=True),
-        *_affine("classifier", "token_classifier", optional=True),
+        *affine(f"{prefix}pooler.dense", "pooler", optional=True),
+        *affine("classifier.dense", "sequence_classifier.dense", optional=True),
+        *affine("classifier.out_proj", "sequence_classifier.out", optional=True),
+        *affine("classifier", "token_classifier", optional=True),
     )
 
 
@@ -151,17 +135,17 @@ def fair_rows(*, rotary: bool, contact_head: bool = True, prefix: str = "encoder
     return (
         Row(words, "embed.weight"),
         *placed,
-        *_affine(f"{prefix}emb_layer_norm_before", "norm_before", optional=True),
-        *_affine(f"{layer}self_attn_layer_norm", f"{block}attention_norm"),
-        *_stacked(f"{layer}self_attn.", ("q_proj", "k_proj", "v_proj"), f"{block}attention.qkv"),
-        *_affine(f"{layer}self_attn.out_proj", f"{block}attention.out"),
-        *_affine(f"{layer}final_layer_norm", f"{block}feed_forward_norm"),
-        *_affine(f"{layer}fc1", f"{block}up"),
-        *_affine(f"{layer}fc2", f"{block}down"),
-        *_affine(f"{prefix}emb_layer_norm_after", "norm"),
-        *(_affine(regression, "contact_head", optional=True) if contact_head else contacts),
-        *_affine(f"{head}dense", "lm_head.dense"),
-        *_affine(f"{head}layer_norm", "lm_head.norm"),
+        *affine(f"{prefix}emb_layer_norm_before", "norm_before", optional=True),
+        *affine(f"{layer}self_attn_layer_norm", f"{block}attention_norm"),
+        *stacked(f"{layer}self_attn.", ("q_proj", "k_proj", "v_proj"), f"{block}attention.qkv"),
+        *affine(f"{layer}self_attn.out_proj", f"{block}attention.out"),
+        *affine(f"{layer}final_layer_norm", f"{block}feed_forward_norm"),
+        *affine(f"{layer}fc1", f"{block}up"),
+        *affine(f"{layer}fc2", f"{block}down"),
+        *affine(f"{prefix}emb_layer_norm_after", "norm"),
+        *(affine(regression, "contact_head", optional=True) if contact_head else contacts),
+        *affine(f"{head}dense", "lm_head.dense"),
+        *affine(f"{head}layer_norm", "lm_head.norm"),
         Row(f"{head}bias", "lm_head.bias"),
         Tied(f"{head}weight", words, "the head shares the embedding"),
     )
@@ -175,27 +159,27 @@ def hub_config(config: Mapping[str, object], meta: Mapping[str, Tensor]) -> dict
 
     Raises: CheckpointError for a missing key, a value of a wrong type, or a kind of ESM that is not ESM-1b, 1v or 2.
     """
-    _only(config, "model_type", "esm")
-    _only(config, "is_folding_model", False, None)
-    _only(config, "vocab_size", len(VOCABULARY))
-    _only(config, "hidden_act", "gelu", None)
-    _only(config, "is_decoder", False, None)
-    _only(config, "add_cross_attention", False, None)
-    _only(config, "position_embedding_type", "absolute", "rotary", None)
-    _only(config, "rope_theta", 10000, None)
-    _only(config, "pad_token_id", PAD, None)
-    _only(config, "mask_token_id", MASK, None)
+    require(config, "model_type", "esm")
+    require(config, "is_folding_model", False, None)
+    require(config, "vocab_size", len(VOCABULARY))
+    require(config, "hidden_act", "gelu", None)
+    require(config, "is_decoder", False, None)
+    require(config, "add_cross_attention", False, None)
+    require(config, "position_embedding_type", "absolute", "rotary", None)
+    require(config, "rope_theta", 10000, None)
+    require(config, "pad_token_id", PAD, None)
+    require(config, "mask_token_id", MASK, None)
     rotary = config.get("position_embedding_type") == "rotary"
     return _config(
         meta,
-        layers=_size(config, "num_hidden_layers", 12),
-        channels=_size(config, "hidden_size", 768),
-        heads=_size(config, "num_attention_heads", 12),
-        feed_forward=_size(config, "intermediate_size", 3072),
-        learned_positions=None if rotary else _size(config, "max_position_embeddings", 1026),
-        norm_before=_get(config, "emb_layer_norm_before", bool, False),
-        token_dropout=_get(config, "token_dropout", bool, False),
-        norm_eps=_get(config, "layer_norm_eps", float, 1e-12),
+        layers=read_size(config, "num_hidden_layers", 12),
+        channels=read_size(config, "hidden_size", 768),
+        heads=read_size(config, "num_attention_heads", 12),
+        feed_forward=read_size(config, "intermediate_size", 3072),
+        learned_positions=None if rotary else read_size(config, "max_position_embeddings", 1026),
+        norm_before=read_value(config, "emb_layer_norm_before", bool, False),
+        token_dropout=read_value(config, "token_dropout", bool, False),
+        norm_eps=read_value(config, "layer_norm_eps", float, 1e-12),
     )
 
 
@@ -214,24 +198,24 @@ def fair_config(extras: Mapping[str, object], meta: Mapping[str, Tensor]) -> dic
         )
     arguments, configuration = extras.get("args"), extras.get("cfg")
     if isinstance(arguments, Mapping):
-        _only(arguments, "arch", "roberta_large")
-        learned = _size(arguments, "max_positions") + POSITION_START
-        feed_forward = _size(arguments, "encoder_ffn_embed_dim")
+        require(arguments, "arch", "roberta_large")
+        learned = read_size(arguments, "max_positions") + POSITION_START
+        feed_forward = read_size(arguments, "encoder_ffn_embed_dim")
     elif isinstance(configuration, Mapping) and isinstance(configuration.get("model"), Mapping):
         arguments = configuration["model"]
         learned = None
-        feed_forward = 4 * _size(arguments, "encoder_embed_dim")
+        feed_forward = 4 * read_size(arguments, "encoder_embed_dim")
     else:
         raise CheckpointError("no model arguments under 'args' or 'cfg', as a fair-esm checkpoint has them")
     return _config(
         meta,
-        layers=_size(arguments, "encoder_layers"),
-        channels=_size(arguments, "encoder_embed_dim"),
-        heads=_size(arguments, "encoder_attention_heads"),
+        layers=read_size(arguments, "encoder_layers"),
+        channels=read_size(arguments, "encoder_embed_dim"),
+        heads=read_size(arguments, "encoder_attention_heads"),
         feed_forward=feed_forward,
         learned_positions=learned,
         norm_before=any("emb_layer_norm_before." in name for name in meta),
-        token_dropout=_get(arguments, "token_dropout", bool, False),
+        token_dropout=read_value(arguments, "token_dropout", bool, False),
         norm_eps=1e-5,
     )
 
@@ -312,36 +296,3 @@ def hub_config_json(config: Mapping[str, Any], dtype: str = "float32") -> dict[s
         "use_cache": True,
         **({"id2label": named, "label2id": {name: int(label) for label, name in named.items()}} if labels else {}),
     }
-
-
-T = TypeVar("T", int, bool, float, str)
-
-
-def _get(given: Mapping[Any, object], key: str, kind: type[T], default: T | None = None) -> T:
-    value = given.get(key)
-    if value is None:
-        if default is None:
-            raise CheckpointError(f"the configuration has no {key}")
-        return default
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise CheckpointError(f"{key} is {_shown(value)} in the configuration, wanted {kind.__name__}")
-    return value
-
-
-def _size(given: Mapping[Any, object], key: str, default: int | None = None) -> int:
-    value = _get(given, key, int, default)
-    if value < 1:
-        raise CheckpointError(f"{key} is {value} in the configuration, wanted 1 or more")
-    return value
-
-
-def _only(given: Mapping[Any, object], key: str, *allowed: object) -> None:
-    if given.get(key) not in allowed:
-        wanted = " or ".join(repr(value) for value in allowed if value is not None)
-        raise CheckpointError(f"{key} is {_shown(given.get(key))} in the configuration; only {wanted} is supported")
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"

@@ -74,6 +74,24 @@ class Tied:
 KeyMap = tuple[Row | Drop | Tied, ...]
 
 
+def affine(source: str, target: str, optional: bool = False) -> KeyMap:
+    """The weight and the bias of one layer."""
+    return tuple(Row(f"{source}.{part}", f"{target}.{part}", optional=optional) for part in ("weight", "bias"))
+
+
+def stacked(source: str, parts: tuple[str, ...], target: str, kinds: tuple[str, ...] = ("weight", "bias")) -> KeyMap:
+    """Several projections of the same input as one, in this order."""
+    return tuple(
+        Row(
+            tuple(f"{source}{part}.{kind}" for part in parts),
+            f"{target}.{kind}",
+            "parts o ... -> (parts o) ...",
+            {"parts": len(parts)},
+        )
+        for kind in kinds
+    )
+
+
 class Step(NamedTuple):
     """One row with its holes filled: what is read and what is written."""
 

@@ -1,0 +1,44 @@
+"""Reading settings out of a ``config.json`` that somebody else wrote: every value is checked for its type.
+
+A key that is absent or null has its default, because ``save_pretrained`` may leave keys out that have theirs.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from plm_weights.errors import CheckpointError
+
+T = TypeVar("T", int, bool, float, str)
+
+
+def read_value(given: Mapping[Any, object], key: str, kind: type[T], default: T | None = None) -> T:
+    """A value of one type. Raises: CheckpointError if it is of another, or missing without a default."""
+    value = given.get(key)
+    if value is None:
+        if default is None:
+            raise CheckpointError(f"the configuration has no {key}")
+        return default
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise CheckpointError(f"{key} is {_shown(value)} in the configuration, wanted {kind.__name__}")
+    return value
+
+
+def read_size(given: Mapping[Any, object], key: str, default: int | None = None) -> int:
+    """A whole number of at least 1. Raises: CheckpointError."""
+    value = read_value(given, key, int, default)
+    if value < 1:
+        raise CheckpointError(f"{key} is {value} in the configuration, wanted 1 or more")
+    return value
+
+
+def require(given: Mapping[Any, object], key: str, *allowed: object) -> None:
+    """Refuse a checkpoint whose setting is none of ``allowed``. Raises: CheckpointError."""
+    if given.get(key) not in allowed:
+        wanted = " or ".join(repr(value) for value in allowed if value is not None)
+        raise CheckpointError(f"{key} is {_shown(given.get(key))} in the configuration; only {wanted} is supported")
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
