@@ -1,7 +1,7 @@
 """Kernels of plm: attention on packed sequences, rotary positions, packed linear weights. Imports torch alone."""
 
 from plm_kernels.linear import linear, pack_weight, packing_available
-from plm_kernels.packed_attention import attention, attention_backends
+from plm_kernels.packed_attention import attention, attention_backends, runs
 from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs
 
@@ -16,4 +16,5 @@ __all__ = [
     "packing_available",
     "rotary_half",
     "rotary_pairs",
+    "runs",
 ]

@@ -3,11 +3,12 @@
 Letters: n packed tokens, b sequences, t tokens, h heads, d head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,20 @@ from torch import Tensor
 from plm_kernels import reference
 from plm_kernels.reference import RelativeBias
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class How:
     """The arguments of ``attention`` beside its tensors."""
 
     offsets: Tensor
+    key_offsets: Tensor
     scale: float
     causal: bool
     bias: RelativeBias | None
     max_length: int
+    max_key_length: int
 
 
 def attention(
@@ -38,28 +43,41 @@ def attention(
     causal: bool = False,
     bias: RelativeBias | None = None,
     max_length: int,
+    key_offsets: Tensor | None = None,
+    max_key_length: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of each packed sequence to itself: q, k, v ``[n, h, d]`` -> ``[n, h, d]``.
+    """Attention of each packed sequence to itself, or to its partner: q ``[n, h, d]``, k, v ``[m, h, d]`` -> like q.
 
     Args:
         offsets: ``[b + 1]`` int32, where each sequence starts, and ``n`` at the end.
         scale: factor on ``q k^T``. No default: T5 wants 1, others ``d ** -0.5``.
         causal: a token sees itself and the tokens before it only.
-        bias: added to the scaled logits.
+        bias: added to the scaled logits, in float32.
         max_length: length of the longest sequence, known on the host so that no device is asked for it.
+        key_offsets, max_key_length: the same of another packed batch, to whose sequences those of q attend one by one
+            (an encoder's, say). Neither causal nor with a bias: positions of two batches have no common zero.
         backend: "auto", or one of ``attention_backends()``.
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
     """
-    if not q.shape == k.shape == v.shape or q.dim() != 3:
-        raise ValueError(f"q, k and v must share one shape [n, h, d]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+    shapes = f"got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+    if k.shape != v.shape or q.dim() != 3 or q.shape[1:] != k.shape[1:]:
+        raise ValueError(f"q must be [n, h, d], k and v [m, h, d]; {shapes}")
+    if key_offsets is None:
+        key_offsets, max_key_length = offsets, max_length
+        if q.shape != k.shape:
+            raise ValueError(f"without key_offsets q, k and v must share one shape [n, h, d]; {shapes}")
+    elif causal or bias is not None or max_key_length is None:
+        raise ValueError("with key_offsets give max_key_length as well, and neither causal nor a bias")
+    assert max_key_length is not None
     if backend == "auto":
         backend = choose_backend(q, bias)
     if backend not in _BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose 'auto' or one of {attention_backends()}")
-    return _BACKENDS[backend](q, k, v, How(offsets, scale, causal, bias, max_length))
+    how = How(offsets, key_offsets, scale, causal, bias, max_length, max_key_length)
+    return _BACKENDS[backend](q, k, v, how)
 
 
 def attention_backends() -> tuple[str, ...]:
@@ -86,28 +104,46 @@ def varlen_available() -> bool:
     return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
 
 
-def runs(lengths: list[int]) -> list[tuple[int, int]]:
+def runs(lengths: Iterable[T]) -> list[tuple[int, T]]:
     """(count, length) of each run of neighbours of equal length, which one call can take together."""
     return [(len(list(group)), length) for length, group in groupby(lengths)]
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-    """Each run of equal lengths through torch's fused attention, on strided views: nothing is padded or copied."""
-    shapes = runs(how.offsets.diff().tolist())
+    """Each run of equal lengths through torch's fused attention, on strided views: nothing is padded.
+
+    A relative bias is never written out: see `_hankel`.
+    """
+    shapes = runs(zip(how.offsets.diff().tolist(), how.key_offsets.diff().tolist(), strict=True))
     # ``split`` rather than slices: its backward is one concatenation, theirs is a full-size addition per slice.
-    sizes = [count * length for count, length in shapes]
+    queries = q.split([count * length for count, (length, _) in shapes])
+    keys, values = (x.split([count * length for count, (_, length) in shapes]) for x in (k, v))
     mixed = []
-    for shape, *pieces in zip(shapes, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        queries, keys, values = (piece.unflatten(0, shape).transpose(1, 2) for piece in pieces)  # [count, h, length, d]
-        mask = None if how.bias is None else how.bias.dense(shape[1])[None].to(q.dtype)
-        if mask is not None and how.causal:
-            mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -torch.inf)
-        alone = how.causal and mask is None
-        out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=alone, scale=how.scale)
+    for (count, (length, key_length)), *pieces in zip(shapes, queries, keys, values, strict=True):
+        rows, columns, mix = (
+            piece.unflatten(0, (count, each)).transpose(1, 2)  # [count, h, length, d]
+            for piece, each in zip(pieces, (length, key_length, key_length), strict=True)
+        )
+        if how.bias is None:
+            out = F.scaled_dot_product_attention(rows, columns, mix, is_causal=how.causal, scale=how.scale)
+        else:
+            # Bias and softmax stay in float32 (or wider): unscaled logits have no bits to spare.
+            band = how.bias.band(length, how.causal, torch.promote_types(q.dtype, torch.float32))
+            mask = _hankel(band, length)
+            out = F.scaled_dot_product_attention(rows.flip(2), columns, mix, mask, scale=how.scale).flip(2)
         mixed.append(out.transpose(1, 2).flatten(0, 1))
     if len(mixed) < 2:
-        return mixed[0] if mixed else v
+        return mixed[0] if mixed else q.clone()
     return torch.cat(mixed)
+
+
+def _hankel(band: Tensor, length: int) -> Tensor:
+    """A relative bias as ``[1, h, t, t]`` without a copy, for queries in reverse order.
+
+    ``band`` ``[h, 2 t - 1]`` runs over ``key - query``. With the last query first, row ``i`` is the band from ``i`` on:
+    a Hankel matrix, which memory of the band's size holds with a stride of one in both directions.
+    """
+    return band.as_strided((1, len(band), length, length), (0, 2 * length - 1, 1, 1))
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -117,7 +153,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     if how.bias is not None:
         raise ValueError("the varlen backend takes no bias; use backend='auto', 'dense' or 'segments'")
     window = (-1, 0) if how.causal else (-1, -1)
-    bounds = (how.offsets, how.offsets, how.max_length, how.max_length)
+    bounds = (how.offsets, how.key_offsets, how.max_length, how.max_key_length)
     mixed = varlen_attn(q, k, v, *bounds, scale=how.scale, window_size=window)
     assert isinstance(mixed, Tensor)
     return mixed
@@ -125,14 +161,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     """Pad to ``[b, h, t, d]``, attend under a mask, and take the tokens back out: works everywhere."""
-    slots = torch.arange(how.max_length, device=q.device)
-    real = slots < how.offsets.diff()[:, None]  # [b, t]
+    queries, real = _padded(q, how.offsets, how.max_length)
+    keys, seen = _padded(k, how.key_offsets, how.max_key_length)
+    values, _ = _padded(v, how.key_offsets, how.max_key_length)
     # Rows of padding see every real key, so that no row is masked whole (that would be 0 / 0); they are dropped below.
-    mask = real[:, None, None, :]
+    mask = seen[:, None, None, :]
     if how.causal:
-        mask = mask & (slots[None, :] <= slots[:, None])
-    source = (how.offsets[:-1, None] + slots).clamp(max=len(q) - 1)  # [b, t] -> n; padding repeats some token
-    queries, keys, values = (x[source].transpose(1, 2) for x in (q, k, v))
+        mask = mask & torch.ones(how.max_length, how.max_length, dtype=torch.bool, device=q.device).tril()
     if how.bias is not None:
         mask = torch.where(mask, how.bias.dense(how.max_length).to(q.dtype), -torch.inf)
     mixed = F.scaled_dot_product_attention(queries, keys, values, mask, scale=how.scale)
@@ -142,8 +177,17 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     return out
 
 
+def _padded(x: Tensor, offsets: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """``[n, h, d]`` as ``[b, h, t, d]``, where padding repeats some token, and which of ``[b, t]`` are real."""
+    slots = torch.arange(max_length, device=x.device)
+    source = (offsets[:-1, None] + slots).clamp(max=len(x) - 1)
+    return x[source].transpose(1, 2), slots < offsets.diff()[:, None]
+
+
 def _reference(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-    return reference.attention(q, k, v, how.offsets, scale=how.scale, causal=how.causal, bias=how.bias)
+    return reference.attention(
+        q, k, v, how.offsets, scale=how.scale, causal=how.causal, bias=how.bias, key_offsets=how.key_offsets
+    )
 
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, How], Tensor]] = {

@@ -3,7 +3,7 @@
 Letters: n packed tokens, b sequences, t tokens of one sequence, h heads, d head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -19,17 +19,33 @@ class RelativeBias:
     """
 
     table: Tensor
+    _bands: dict[tuple[int, bool, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.table.dim() != 2 or self.table.shape[-1] % 2 == 0:
             raise ValueError(f"the table must be [h, 2 D + 1], one value per distance; got {[*self.table.shape]}")
 
+    def at(self, distance: Tensor) -> Tensor:
+        """The bias ``[h, ...]`` at distances ``[...]``."""
+        reach = (self.table.shape[-1] - 1) // 2
+        return self.table[:, distance.clamp(-reach, reach) + reach]
+
     def dense(self, length: int) -> Tensor:
         """The bias of one sequence written out, ``[h, t, t]``, rows are queries."""
-        reach = (self.table.shape[-1] - 1) // 2
         position = torch.arange(length, device=self.table.device)
-        distance = (position[None, :] - position[:, None]).clamp(-reach, reach)
-        return self.table[:, distance + reach]
+        return self.at(position[None, :] - position[:, None])
+
+    def band(self, length: int, causal: bool, dtype: torch.dtype) -> Tensor:
+        """The bias of one sequence by distance, ``[h, 2 t - 1]`` from ``1 - t`` to ``t - 1``: all that ``dense`` holds.
+
+        Where ``causal``, keys after the query have ``-inf``. Kept, because every layer of a stack asks for the same.
+        """
+        key = (length, causal, dtype)
+        if key not in self._bands:
+            distance = torch.arange(1 - length, length, device=self.table.device)
+            band = self.at(distance).to(dtype)
+            self._bands[key] = band.masked_fill(distance > 0, -torch.inf) if causal else band
+        return self._bands[key]
 
 
 def attention_weights(
@@ -58,14 +74,19 @@ def attention(
     scale: float,
     causal: bool = False,
     bias: RelativeBias | None = None,
+    key_offsets: Tensor | None = None,
 ) -> Tensor:
-    """Attention within each packed sequence, one sequence after the other: ``[n, h, d] -> [n, h, d]``."""
-    bounds = offsets.tolist()
+    """Attention within each packed sequence, one sequence after the other: ``[n, h, d] -> [n, h, d]``.
+
+    With ``key_offsets`` the keys and values are those of another packed batch, sequence by sequence.
+    """
+    queries = pairwise(offsets.tolist())
+    keys = pairwise((offsets if key_offsets is None else key_offsets).tolist())
     mixed = []
-    for start, stop in pairwise(bounds):
+    for (start, stop), (first, last) in zip(queries, keys, strict=True):
         dense = None if bias is None else bias.dense(stop - start)
-        weights = attention_weights(q[start:stop], k[start:stop], scale=scale, causal=causal, bias=dense)
-        mixed.append(torch.einsum("hqk,khd->qhd", weights, v[start:stop]))
+        weights = attention_weights(q[start:stop], k[first:last], scale=scale, causal=causal, bias=dense)
+        mixed.append(torch.einsum("hqk,khd->qhd", weights, v[first:last]))
     return torch.cat(mixed) if mixed else torch.empty_like(q)
 
 
