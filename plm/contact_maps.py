@@ -6,6 +6,7 @@ from torch import Tensor
 
 from plm import running
 from plm.loading import Model
+from plm.models.esm import ESM
 from plm.packing import Packed, in_order
 
 
@@ -20,19 +21,19 @@ def contacts(model: Model, sequences: str | Iterable[str], *, max_tokens: int | 
 
     Source: Rao et al. 2020, "Transformer protein language models are unsupervised structure learners".
     """
-    rows = running.encode(model, running.as_list(sequences))
+    rows = running.encode(model, running.as_list(model, sequences))
     return in_order(contact_rows(model, rows, max_tokens=max_tokens), len(rows))
 
 
 def contact_rows(model: Model, rows: Sequence[bytes], *, max_tokens: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """``contacts`` as a stream of (index, tensor) while batches finish, longest first."""
-    if not model.net.config.contact_head:
+    if not isinstance(model.net, ESM) or not model.net.config.contact_head:
         raise ValueError(
             f"{model.checkpoint.name} has no contact head, so it predicts no contacts; use esm1b or esm2-8m to esm2-15b"
         )
 
-    def forward(batch: Packed) -> list[Tensor]:
+    def forward(batch: Packed, rows: Sequence[bytes]) -> list[Tensor]:
         maps: list[Tensor] = model.net(batch, logits=False, contacts=True).contacts
         return maps
 
-    return running.run(model, rows, forward, max_tokens)
+    return running.run(model, rows, forward, max_tokens=max_tokens)

@@ -1,45 +1,60 @@
 """Embeddings: one vector per residue, or one per protein."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from plm import running
 from plm.loading import Model
 from plm.packing import Packed, in_order
+from plm.running import Proteins
 
-Pool = Literal["mean", "max", "cls"]
+Pool = Literal["mean", "max", "cls", "card"]
 
 
 def embed(
     model: Model,
-    sequences: str | Iterable[str],
+    sequences: Proteins | Iterable[Proteins],
     *,
     layer: int = -1,
     pool: Pool | None = None,
+    task: str | None = None,
+    per_chain: bool = False,
     max_tokens: int | None = None,
-) -> list[Tensor]:
-    """Embed one sequence or many.
+) -> list[Any]:
+    """Embed one sequence or many, or pairs of chains.
 
     Args:
+        sequences: residues. For a model of antibody pairs (IgBert, IgT5) also ``(heavy, light)`` or ``"HEAVY|LIGHT"``.
         layer: 0 are the token embeddings, ``l`` (or -1) the output of the last layer after the final norm, as in
-            fair-esm's ``repr_layers`` and transformers' ``hidden_states``.
-        pool: None gives a row per residue; "mean" and "max" are over the residues alone, without start and end tokens;
-            "cls" is the row of the start token.
+            fair-esm's ``repr_layers`` and transformers' ``hidden_states``. Of a T5 these are the encoder's.
+        pool: None gives a row per residue. "mean" and "max" are over the residues alone, never over start, end, prefix
+            or separator; "cls" is the row of the start token, where the model has one. "card" is the mean as IgBert's
+            model card computes it: of a pair it averages in the separator between the chains as if it were a residue.
+        task: what goes before the residues where a model was trained with prefixes: "nlu" (the default) or "s2s" for
+            Ankh3; for ProstT5 "aa2fold" (the default), for amino acids, or "fold2aa", for 3Di states in lower case;
+            "none" for no prefix.
+        per_chain: give a pair as ``(heavy, light)`` instead of heavy rows followed by light rows.
         max_tokens: tokens per batch. It changes speed and memory, and in float32 on a CPU no bit of the result.
 
     Returns:
-        Tensors on the CPU in input order: ``[L, c]`` with exactly one row per residue, or ``[c]``. float32, or float64
-        from a float64 model.
+        Tensors on the CPU in input order: ``[L, c]`` with exactly one row per residue, of a pair those of the heavy
+        chain and then those of the light one; or ``[c]``. float32, or float64 from a float64 model. With ``per_chain``
+        a tuple of one tensor per chain in place of each.
 
     Raises:
-        InputError: empty or too long sequences, or letters the model does not know, before anything is computed.
+        InputError: empty or too long sequences, a missing chain, pairs mixed with single chains, or letters that the
+            model does not know, before anything is computed.
         FloatingPointError: the model gave a NaN or an infinity.
     """
-    texts = running.as_list(sequences)
-    rows = running.encode(model, texts)
-    return in_order(embed_rows(model, rows, layer=layer, pool=pool, max_tokens=max_tokens), len(rows))
+    texts = running.as_list(model, sequences)
+    task = running.choose_task(model, task)
+    rows = running.encode(model, texts, task=task)
+    found = embed_rows(model, rows, layer=layer, pool=pool, task=task, per_chain=per_chain, max_tokens=max_tokens)
+    results = in_order(found, len(rows))
+    return [split_chains(model, *each, pool) for each in zip(results, rows, strict=True)] if per_chain else results
 
 
 def embed_rows(
@@ -48,29 +63,66 @@ def embed_rows(
     *,
     layer: int = -1,
     pool: Pool | None = None,
+    task: str | None = None,
+    per_chain: bool = False,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """``embed`` as a stream of (index, tensor) while batches finish, longest first; rows from ``running.encode``."""
+    """``embed`` as a stream of (index, tensor) while batches finish, longest first; rows from ``running.encode``.
+
+    Pooled ``per_chain``, a tensor is ``[chains, c]``.
+    """
     number = layer_number(model, layer)
     if pool is not None and pool not in get_args(Pool):
-        raise ValueError(f"pool {pool!r} is unknown; choose None, 'mean', 'max' or 'cls'")
+        raise ValueError(f"pool {pool!r} is unknown; choose None, 'mean', 'max', 'cls' or 'card'")
+    if pool == "cls" and model.tokenizer.start is None:
+        raise ValueError(f"{model.checkpoint.name} has no start token; pool with 'mean' or 'max'")
+    if per_chain and pool in ("cls", "card"):
+        raise ValueError(f"pool {pool!r} is one vector for both chains; leave out per_chain, or choose 'mean' or 'max'")
     last = number == model.net.config.layers
+    before, after = map(len, model.tokenizer.frame(task))
 
-    def forward(batch: Packed) -> list[Tensor]:
-        out = model.net(batch, logits=False, hidden_states=not last)
-        return [pooled(rows, pool) for rows in batch.split(out.hidden if last else out.hidden_states[number])]
+    def forward(batch: Packed, rows: Sequence[bytes]) -> list[Tensor]:
+        out = model.net.encode(batch, hidden_states=not last)
+        states = out.hidden if last or out.hidden_states is None else out.hidden_states[number]
+        if pool == "cls":
+            return [tokens[0] for tokens in batch.split(states)]
+        inside = [tokens[before : len(tokens) - after] for tokens in batch.split(states)]
+        if pool == "card":
+            return [pooled(tokens, "mean") for tokens in inside]
+        chains = [tokens.split(shape) for tokens, shape in zip(inside, map(with_separator, rows), strict=True)]
+        if pool is None:
+            return [joined(parts[::2]) for parts in chains]
+        if per_chain:
+            return [torch.stack([pooled(part, pool) for part in parts[::2]]) for parts in chains]
+        return [pooled(joined(parts[::2]), pool) for parts in chains]
 
-    return running.run(model, rows, forward, max_tokens)
+    def with_separator(row: bytes) -> list[int]:
+        """Tokens of the heavy chain, the separator and the light chain; or of the only chain."""
+        heavy, *light = chain_lengths(model, row)
+        return [heavy, 1, *light] if light else [heavy]
+
+    return running.run(model, rows, forward, task=task, max_tokens=max_tokens)
 
 
-def pooled(rows: Tensor, pool: Pool | None) -> Tensor:
-    """Token rows ``[t, c]`` of one sequence to residue rows ``[t - 2, c]`` or to one vector ``[c]``."""
-    residues = rows[1:-1]
-    if pool is None:
-        return residues
-    if pool == "cls":
-        return rows[0]
-    precise = residues.double() if rows.dtype.itemsize == 8 else residues.float()
+def chain_lengths(model: Model, row: bytes) -> list[int]:
+    """Residues of each chain."""
+    if model.tokenizer.separator is None:
+        return [len(row)]
+    return [len(chain) for chain in row.split(bytes([model.tokenizer.separator_id]))]
+
+
+def split_chains(model: Model, result: Tensor, row: bytes, pool: Pool | None) -> tuple[Tensor, ...]:
+    """A tensor of both chains as one tensor per chain."""
+    return result.split(chain_lengths(model, row)) if pool is None else result.unbind()
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def pooled(residues: Tensor, pool: Literal["mean", "max"]) -> Tensor:
+    """Rows ``[L, c]`` to one vector ``[c]``, in float32 at least."""
+    precise = residues.to(torch.promote_types(residues.dtype, torch.float32))
     return precise.mean(0) if pool == "mean" else precise.amax(0)
 
 

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from plm.models import esm
-from plm.tokens import Tokenizer, esm_tokenizer
+from plm.families import BY_NAME, FAMILIES, Config, Family, Network
+from plm.tokens import Tokenizer, checked
 from plm_weights import (
     CheckpointError,
     DownloadError,
@@ -24,9 +25,9 @@ from plm_weights import (
     import_weights,
     read_fair_esm,
 )
-from plm_weights import esm as published_esm
 from plm_weights.fetch import fetch, row_of, weight_files
 from plm_weights.registry import CHECKPOINTS, Checkpoint, find
+from plm_weights.vocabularies import published_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 ORIGINAL = "fair-esm:"  # before a name: the authors' own files, not the hub's
@@ -70,7 +71,7 @@ class Origin:
 class Model:
     """A network in eval mode with its tokenizer and its origin."""
 
-    net: esm.ESM
+    net: Network
     tokenizer: Tokenizer
     checkpoint: Origin
 
@@ -83,13 +84,18 @@ class Model:
         return self.net.embed.weight.dtype
 
 
+class LicenceNotice(UserWarning):
+    """Weights that may not be used for every purpose were loaded."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A checkpoint whose header has been read: its tensors, and how they become a network's."""
 
     tensors: TensorSource
-    layout: published_esm.Layout
-    config: esm.Config
+    family: Family
+    layout: str
+    config: Config
     rows: KeyMap
 
     def state(self, want: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,9 +104,7 @@ class Opened:
         Raises: KeyMapError with every disagreement; CheckpointError naming all tensors that are not finite.
         """
         file = self.tensors.files[0]
-        computed = {}
-        if "frequencies" in want and not published_esm.stores_frequencies(self.tensors.meta):
-            computed = {"frequencies": esm.default_frequencies(self.config.head_size)}
+        computed = self.family.computed(self.tensors.meta, self.config)
         try:
             stored = import_weights(self.rows, self.tensors, {k: v for k, v in want.items() if k not in computed})
         except KeyMapError as error:
@@ -110,6 +114,22 @@ class Opened:
         if broken := [name for name, tensor in sorted(stored.items()) if not is_finite(tensor)]:
             raise CheckpointError(f"{file} has NaN or infinite values in {', '.join(broken)}; fetch or train it again")
         return stored | computed
+
+    def tokenizer(self) -> Tokenizer:
+        """The family's own table, compared with the vocabulary beside the weights if there is one.
+
+        Raises: CheckpointError if the two disagree.
+        """
+        table = self.family.tokenizer(self.config)
+        if self.layout not in self.family.settings_beside:
+            return table
+        if (found := published_vocabulary(self.tensors.files[0].parent)) is None:
+            return table
+        pieces, file = found
+        try:
+            return checked(table, pieces, file.name)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from None
 
 
 def available() -> list[Checkpoint]:
@@ -137,7 +157,11 @@ def load(
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
 
+    Warns:
+        LicenceNotice: the weights may not be used commercially (Ankh).
+
     Raises:
+        ValueError: a T5 in float16, which overflows.
         UnknownModelError: no such name, with near ones.
         DownloadError: the files could not be fetched.
         CheckpointError: the files are torn, foreign, hostile or incomplete, or hold a NaN or an infinity.
@@ -146,21 +170,30 @@ def load(
     precision = choose_dtype(dtype, at)
     path, row = locate(source, revision=revision, offline=offline)
     opened = open_checkpoint(path)
+    if precision == torch.float16 and opened.family.no_float16:
+        raise ValueError(f"dtype float16 cannot be used: {opened.family.no_float16}. Choose bfloat16 or float32.")
+    tokenizer = opened.tokenizer()
+    if row is not None and row.pairs is False:
+        tokenizer = replace(tokenizer, separator=None)
     net = build(opened, at, precision)
+    if notice := opened.family.notice(opened.config):
+        warnings.warn(notice, LicenceNotice, stacklevel=2)
     files = tuple(WeightFile(file) for file in opened.tensors.files)
-    return Model(net, esm_tokenizer(), origin(path, row, revision, files))
+    return Model(net, tokenizer, origin(path, row, opened.family.name, revision, files))
 
 
-def origin(path: Path, row: Checkpoint | None, revision: str | None, files: tuple[WeightFile, ...]) -> Origin:
+def origin(
+    path: Path, row: Checkpoint | None, family: str, revision: str | None, files: tuple[WeightFile, ...]
+) -> Origin:
     """Where the files at ``path`` came from, as `locate` found them."""
     if row is None:
-        return Origin(local_name(path), "esm", str(path), revision, files, UNKNOWN, UNKNOWN)
+        return Origin(local_name(path), family, str(path), revision, files, UNKNOWN, UNKNOWN)
     if path.is_file():  # the authors' own, which have no revisions
         source, revision = row.originals[0].url, None
     else:  # a snapshot of the hub is a folder named by its commit
         source = row.hub
         revision = path.name if re.fullmatch("[0-9a-f]{40}", path.name) else revision or row.revision
-    return Origin(row.name, "esm", source or row.name, revision, files, row.licence, row.citation)
+    return Origin(row.name, family, source or row.name, revision, files, row.licence, row.citation)
 
 
 def local_name(path: Path) -> str:
@@ -170,15 +203,14 @@ def local_name(path: Path) -> str:
     return path.parent.resolve().name if path.name.partition(".")[0] in ("model", "pytorch_model") else path.stem
 
 
-def build(opened: Opened, device: torch.device, dtype: torch.dtype) -> esm.ESM:
+def build(opened: Opened, device: torch.device, dtype: torch.dtype) -> Network:
     """The network of an opened checkpoint, filled and in eval mode."""
+    family = opened.family
     with torch.device("meta"):
-        net = esm.ESM(opened.config)
-    state = opened.state(net.state_dict())
-    if opened.layout == "fair":
-        state = esm.zero_mask_row(state, opened.config)
+        net = family.network(opened.config)
+    state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
     for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
-        precision = torch.float32 if name == "frequencies" else dtype
+        precision = torch.float32 if name in family.always_float32 else dtype
         state[name] = state[name].to(device, precision)
     net.load_state_dict(state, assign=True)
     return net.eval()
@@ -209,19 +241,21 @@ def open_checkpoint(path: Path) -> Opened:
     """
     weights = find_weights(path)
     tensors = read_fair_esm(weights)
-    with naming(weights):
-        layout = published_esm.detect(tensors.meta)
-    file = weights if layout == "fair" else weights.with_name("config.json")
-    settings = tensors.extras if layout == "fair" else read_config(file)
+    layouts = ((family, family.layout(tensors.meta)) for family in FAMILIES)
+    family, layout = next(((family, layout) for family, layout in layouts if layout), (None, None))
+    if family is None or layout is None:
+        some, known = ", ".join(sorted(tensors.meta)[:5]), ", ".join(BY_NAME)
+        raise CheckpointError(f"{weights}: these tensors are of no family that is known here ({known}): {some}, ...")
+    file = weights.with_name("config.json") if layout in family.settings_beside else weights
+    settings = read_config(file) if layout in family.settings_beside else {}
     with naming(file):
-        if layout == "plm":
-            config = own_config(settings)
-        else:
-            read = published_esm.fair_config if layout == "fair" else published_esm.hub_config
-            config = esm.Config(**read(settings, tensors.meta))
-    rotary = config.learned_positions is None
-    rows = published_esm.key_map(tensors.meta, rotary=rotary, contact_head=config.contact_head)
-    return Opened(tensors, layout, config, rows)
+        read = own_config(settings) if layout == "plm" else family.read_config(layout, settings, tensors)
+        try:
+            config = family.config(**read)
+        except (TypeError, ValueError) as error:  # wrong names, or sizes that do not fit each other
+            raise CheckpointError(str(error)) from None
+        rows = family.key_map(tensors.meta, config)
+    return Opened(tensors, family, layout, config, rows)
 
 
 @contextmanager
@@ -266,13 +300,12 @@ def read_config(path: Path) -> dict[str, object]:
     return settings
 
 
-def own_config(settings: Mapping[str, object]) -> esm.Config:
+def own_config(settings: Mapping[str, object]) -> dict[str, object]:
     """The configuration in this library's own form, as ``plm.convert(to="plm")`` writes it."""
     values = settings.get("config")
-    try:
-        return esm.Config(**values)  # type: ignore[arg-type]  # wrong names and sizes raise here
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(str(error)) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"config must be an object; it is a {type(values).__name__}")
+    return values
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -9,58 +9,117 @@ from plm.loading import Model
 from plm.packing import Packed, batches
 from plm.sequences import Fault, InputError
 
-Run = Callable[[Packed], list[Tensor]]
-"""One batch to one tensor per sequence."""
+Proteins = str | tuple[str, str]
+"""Residues; or the heavy and the light chain of an antibody, also written ``HEAVY|LIGHT``."""
+Run = Callable[[Packed, Sequence[bytes]], list[Tensor]]
+"""One batch, and its sequences without the tokens around them, to one tensor per sequence."""
 
 
-def as_list(sequences: str | Iterable[str]) -> list[str]:
-    """One string or many, as a list.
+def as_list(model: Model, sequences: Proteins | Iterable[Proteins]) -> list[str]:
+    """One sequence or many, as a list of strings, with ``|`` between the chains of a pair.
 
-    Raises: TypeError for anything else.
+    For a model that takes pairs a tuple of two strings is one pair; else any tuple is a collection like a list.
+
+    Raises: TypeError for anything else, or if ``model`` is not what ``plm.load`` gives.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"the first argument must be a model: plm.load({model!r})")
     if isinstance(sequences, bytes | Mapping):
         raise TypeError(
             f"sequences must be strings; got {type(sequences).__name__}: .decode() bytes, take a dict's values()"
         )
-    texts = [sequences] if isinstance(sequences, str) else list(sequences)
+    paired = model.tokenizer.separator is not None
+    alone = isinstance(sequences, str) or (paired and isinstance(sequences, tuple) and is_pair(sequences))
+    given: list[object] = [sequences] if alone else list(sequences)
+    texts = ["|".join(one) if isinstance(one, tuple) and is_pair(one) else one for one in given]
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"sequences must be strings; number {i + 1} is a {type(text).__name__}")
-    return texts
+            raise TypeError(
+                f"sequences must be strings, or pairs (heavy, light) of strings; number {i + 1} is a "
+                f"{type(text).__name__}: {str(text)[:40]}"
+            )
+    return texts  # type: ignore[return-value]  # just checked
 
 
-def encode(model: Model, sequences: Sequence[str], names: Sequence[str] | None = None) -> list[bytes]:
-    """Residue ids of every sequence, one byte each.
+def is_pair(value: tuple[object, ...]) -> bool:
+    return len(value) == 2 and all(isinstance(chain, str) for chain in value)
+
+
+def choose_task(model: Model, task: str | None) -> str | None:
+    """The task whose token goes before every sequence: the first that the model has, unless told otherwise.
+
+    Raises: ValueError if the model has no such task, or if nobody said which token it is.
+    """
+    tasks = model.tokenizer.tasks
+    chosen = next(iter(tasks), None) if task is None else task
+    if chosen is None or chosen == "none":
+        return None
+    if chosen not in tasks:
+        has = f"has the tasks {', '.join(tasks)}" if tasks else "has no tasks: leave it out"
+        raise ValueError(f"task {task!r} is unknown; {model.checkpoint.name} {has}")
+    model.tokenizer.frame(chosen)  # which raises if its token is not known
+    return chosen
+
+
+def encode(model: Model, sequences: Sequence[str], *, task: str | None = None) -> list[bytes]:
+    """Residue ids of every sequence, one byte each, and the separator between two chains.
+
+    Letters that all published recipes of a model read as X are read as X: U, Z, O and B of ProtT5, ProstT5, IgT5 and
+    the BERTs, which have tokens for them that were never trained.
 
     Raises:
-        InputError: with every sequence that is empty, too long for the model, or has a letter that it does not know,
-            before anything is computed.
-        TypeError: ``model`` is not what ``plm.load`` gives.
+        InputError: with every sequence that is empty, too long for the model, lacks a chain, or has a letter that the
+            model does not know, and with the pairs among single chains or the reverse, before anything is computed.
     """
-    if not isinstance(model, Model):
-        raise TypeError(f"the first argument must be a model: plm.load({model!r})")
-    limit = model.net.config.max_length
+    tokenizer, limit = model.tokenizer, model.net.config.max_length
+    around = sum(map(len, tokenizer.frame(task)))
+    as_x = str.maketrans(dict.fromkeys(tokenizer.rare, "X"))
+    odd_ones = minority(sequences)
     rows, faults = [], []
 
     def fault(i: int, reason: str, hint: str) -> None:
-        name = names[i] if names else sequences[i][:12]
-        faults.append(Fault(reason, hint, record=i + 1, id=name))
+        faults.append(Fault(reason, hint, record=i + 1, id=sequences[i][:12]))
 
     for i, sequence in enumerate(sequences):
+        chains = sequence.split("|")
+        if not all(chains) or len(chains) > 2:
+            fault(i, *chain_fault(chains))
+            continue
+        if i in odd_ones:
+            what = "a pair among single chains" if len(chains) == 2 else "a single chain among pairs"
+            fault(i, what, "give all sequences as pairs HEAVY|LIGHT, or none")
+            continue
         try:
-            row = model.tokenizer.residues(sequence)
+            row = tokenizer.residues(sequence.translate(as_x), task=task)
         except ValueError as error:
             fault(i, str(error), "mend or leave out the sequence")
             continue
         if not row:
             fault(i, "the sequence is empty", "leave it out")
-        elif limit is not None and len(row) + 2 > limit:
-            reason = f"{len(row):,} residues; {model.checkpoint.name} takes at most {limit - 2:,}"
-            fault(i, reason, "cut the sequence into domains, or use ESM-2, which has no limit")
+        elif limit is not None and len(row) + around > limit:
+            reason = f"{len(row):,} residues; {model.checkpoint.name} takes at most {limit - around:,}"
+            fault(i, reason, "cut the sequence into domains, or use ESM-2 or a T5, which have no limit")
         rows.append(row)
     if faults:
         raise InputError("sequences", faults)
     return rows
+
+
+def minority(sequences: Sequence[str]) -> set[int]:
+    """The pairs if most sequences are single chains, else the single chains; none if all are alike."""
+    pairs = {i for i, sequence in enumerate(sequences) if "|" in sequence}
+    singles = set(range(len(sequences))) - pairs
+    return pairs if len(pairs) < len(singles) else singles if pairs else set()
+
+
+def chain_fault(chains: list[str]) -> tuple[str, str]:
+    """What is wrong with the number of chains, and what to do."""
+    if len(chains) == 1:
+        return "the sequence is empty", "leave it out"
+    if len(chains) > 2:
+        return f"{len(chains)} chains", "a pair is HEAVY|LIGHT: two chains"
+    missing = "no chains" if not any(chains) else "no heavy chain" if not chains[0] else "no light chain"
+    return missing, "a pair is HEAVY|LIGHT with residues on both sides; give a single chain without |"
 
 
 def default_max_tokens(model: Model) -> int:
@@ -76,7 +135,12 @@ def default_max_tokens(model: Model) -> int:
 
 
 def run(
-    model: Model, rows: Sequence[bytes], forward: Run, max_tokens: int | None = None
+    model: Model,
+    rows: Sequence[bytes],
+    forward: Run,
+    *,
+    task: str | None = None,
+    max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(index, result on the CPU) of every row, as batches finish, longest rows first.
 
@@ -87,12 +151,13 @@ def run(
         MemoryError: a single sequence does not fit.
     """
     budget = default_max_tokens(model) if max_tokens is None else max_tokens
-    pending = list(batches([len(row) + 2 for row in rows], budget))
+    around = sum(map(len, model.tokenizer.frame(task)))
+    pending = list(batches([len(row) + around for row in rows], budget))
     pending.reverse()
     while pending:
         batch = pending.pop()
         try:
-            results = _forward(model, [rows[i] for i in batch], forward)
+            results = _forward(model, [rows[i] for i in batch], forward, task)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -117,9 +182,9 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _forward(model: Model, rows: Sequence[bytes], forward: Run) -> list[Tensor]:
+def _forward(model: Model, rows: Sequence[bytes], forward: Run, task: str | None) -> list[Tensor]:
     with torch.inference_mode():
-        results = forward(model.tokenizer.pack_residues(rows).to(model.device))
+        results = forward(model.tokenizer.pack_residues(rows, task=task).to(model.device), rows)
     # Copies made out here are ordinary tensors that a user's own layers can be trained on. Half-precision results widen
     # exactly, and then every numpy function takes them.
     return [result.to("cpu", torch.promote_types(result.dtype, torch.float32), copy=True) for result in results]

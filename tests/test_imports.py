@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
-BASICS = {"plm.layers", "plm.packing", "plm.tokens"}
+BASICS = {"plm.layers", "plm.packing", "plm.tokens", "plm.cache"}
 VERBS = {"plm.embedding", "plm.contact_maps", "plm.conversion", "plm.verification", "plm.running", "plm.plots"}
 FILES = {"plm.sequences", "plm.outputs"}
 OPTIONAL = ["h5py", "pyarrow", "matplotlib", "transformers", "esm", "einops.layers"]
@@ -20,12 +20,14 @@ ALLOWED: dict[str, set[str]] = {
     "plm_weights": {"torch", "safetensors", "einops", "huggingface_hub", "plm_weights"},
     "plm.layers": {"torch", "plm_kernels"},
     "plm.packing": {"torch"},
+    "plm.cache": {"torch", "plm_kernels", "plm.packing"},
     "plm.tokens": {"torch", "plm.packing"},
     "plm.models": {"torch", "plm_kernels", *BASICS},
     "plm.sequences": set(),
     "plm.outputs": {"torch", "numpy", "safetensors", "h5py", "pyarrow", "plm.outputs"},
-    "plm.loading": {"torch", "plm_weights", "plm.models", *BASICS},
-    "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.loading", *BASICS},
+    "plm.families": {"torch", "plm_weights", "plm.models", *BASICS},
+    "plm.loading": {"torch", "plm_weights", "plm.families", *BASICS},
+    "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", *BASICS},
     "plm.verification": {"torch", "plm_weights", "plm.loading", *BASICS, "transformers", "esm"},
     "plm.plots": {"numpy", "matplotlib", "torch"},
     "plm.cli": {"click", "tqdm", "torch", "huggingface_hub", "plm_weights", "plm_kernels", "plm"},

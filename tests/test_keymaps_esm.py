@@ -23,7 +23,7 @@ from plm_weights import (
     write_safetensors,
 )
 from plm_weights.esm import (
-    detect,
+    recognise,
     fair_config,
     fair_rows,
     hub_config,
@@ -241,10 +241,11 @@ def test_from_transformers_to_fair_esm(name: str, tmp_path: Path) -> None:
 
 def test_layouts_are_told_apart_by_names() -> None:
     for name in NAMES:
-        assert detect(hub(name)) == "hub"
-        assert detect(fair(name)) == "fair"
-        assert detect(wanted(CONFIGS[name])) == "plm"
+        assert recognise(hub(name)) == "hub"
+        assert recognise(fair(name)) == "fair"
+        assert recognise(wanted(CONFIGS[name])) == "plm"
         ours = wanted(CONFIGS[name])
         check(key_map(ours, rotary=True, contact_head=True), ours, ours)
+    assert recognise(["bert.encoder.layer.0.attention.output.LayerNorm.weight"]) is None
     with pytest.raises(CheckpointError, match=r"bert\.encoder\.layer\.0\.attention\.output\.LayerNorm\.weight"):
-        detect(["bert.encoder.layer.0.attention.output.LayerNorm.weight"])
+        key_map(["bert.encoder.layer.0.attention.output.LayerNorm.weight"], rotary=True, contact_head=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Written out, because asking the library would import torch.
 FORMATS = ("safetensors", "npz", "h5", "bio-h5", "parquet", "esm-pt", "csv", "tsv", "jsonl")
 STORED = ("float32", "float16", "float64")
-POOLS = ("mean", "max", "cls", "none")
+POOLS = ("mean", "max", "cls", "card", "none")
 
 
 @click.command()

@@ -264,6 +264,11 @@ class ESM(nn.Module):
             token_logits=self.token_classifier(x) if self.token_classifier else None,
         )
 
+    def encode(self, batch: Packed, *, hidden_states: bool = False) -> Output:
+        """The encoder without its heads' logits: what embeddings need."""
+        out: Output = self(batch, hidden_states=hidden_states, logits=False)
+        return out
+
     def embed_tokens(self, batch: Packed) -> Tensor:
         """Token vectors ``[n, c]`` with token dropout's rescaling, positions, and ESM-1b's norm."""
         x: Tensor = self.embed(batch.tokens)

@@ -28,22 +28,20 @@ Layout = Literal["hub", "fair", "plm"]
 LAYOUTS: tuple[tuple[Layout, tuple[str, ...], str, str], ...] = (
     ("hub", ("esm.", ""), "encoder.layer.", ".attention.LayerNorm."),
     ("fair", ("encoder.sentence_encoder.", "encoder.", ""), "layers.", ".self_attn_layer_norm."),
-    ("plm", ("",), "blocks.", ".attention_norm."),
+    ("plm", ("",), "norm.weight", ""),  # the final norm, which our BERT has not
 )
 
 
-def detect(names: Iterable[str]) -> Layout:
-    """Which layout of ESM the names belong to: the hub's, fair-esm's or this library's.
-
-    Raises: CheckpointError if none.
-    """
-    return _layout(names)[0]
+def recognise(names: Iterable[str]) -> Layout | None:
+    """Which layout of ESM the names belong to: the hub's, fair-esm's or this library's; None if to none."""
+    found = _layout(list(names))
+    return found and found[0]
 
 
 def key_map(names: Iterable[str], *, rotary: bool, contact_head: bool) -> KeyMap:
     """The table that fits a checkpoint with these names, in any of the layouts."""
     names = list(names)
-    layout, prefix = _layout(names)
+    layout, prefix = _known_layout(names)
     if layout == "plm":
         return tuple(Row(name, name) for name in names)
     rows = hub_rows if layout == "hub" else fair_rows
@@ -55,12 +53,18 @@ def stores_frequencies(names: Iterable[str]) -> bool:
     return any(name.endswith(("inv_freq", "frequencies")) for name in names)
 
 
-def _layout(names: Iterable[str]) -> tuple[Layout, str]:
-    names = list(names)
+def _layout(names: list[str]) -> tuple[Layout, str] | None:
+    """The layout and the prefix of its names."""
     for layout, prefixes, layers, norm in LAYOUTS:
         for prefix in prefixes:
             if any(name.startswith(prefix + layers) and norm in name for name in names):
                 return layout, prefix
+    return None
+
+
+def _known_layout(names: list[str]) -> tuple[Layout, str]:
+    if found := _layout(names):
+        return found
     some = ", ".join(sorted(names)[:5])
     raise CheckpointError(f"these tensors are not those of ESM-1b, ESM-1v or ESM-2 in any known layout: {some}, ...")
 
@@ -190,7 +194,7 @@ def fair_config(extras: Mapping[str, object], meta: Mapping[str, Tensor]) -> dic
 
     Raises: CheckpointError as ``hub_config``.
     """
-    embedding = meta.get(_layout(meta)[1] + "embed_tokens.weight")
+    embedding = meta.get(_known_layout(list(meta))[1] + "embed_tokens.weight")
     if embedding is not None and embedding.shape[:1] != (len(VOCABULARY),):
         raise CheckpointError(
             f"the embedding is {tuple(embedding.shape)}; wanted {len(VOCABULARY)} rows as in ESM-1b, ESM-1v and ESM-2 "

@@ -1,0 +1,107 @@
+"""The families: how to tell one by its files, what becomes of them, and how its sequences are written.
+
+A row per family. What is here holds for loading alone; verbs know nothing of families.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from plm import tokens
+from plm.models import bert, esm, t5
+from plm_weights import KeyMap, TensorSource
+from plm_weights import bert as published_bert
+from plm_weights import esm as published_esm
+from plm_weights import t5 as published_t5
+
+Network = esm.ESM | bert.BERT | t5.T5
+Config = esm.Config | bert.Config | t5.Config
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family. A ``layout`` is a way in which its files were published; "plm" is this library's own."""
+
+    name: str
+    network: Callable[[Any], Network]  # from its own config
+    config: Callable[..., Config]
+    layout: Callable[[Iterable[str]], str | None]  # from tensor names; None: another family's
+    settings_beside: frozenset[str]  # layouts with a config.json beside the weights
+    read_config: Callable[[str, Mapping[str, object], TensorSource], dict[str, Any]]  # layout, settings, tensors
+    key_map: Callable[[Iterable[str], Any], KeyMap]
+    tokenizer: Callable[[Any], tokens.Tokenizer]
+    computed: Callable[[Iterable[str], Any], State] = lambda names, config: {}  # what files may leave out
+    loaded: Callable[[str, State, Any], State] = lambda layout, state, config: state  # the original's rule on loading
+    always_float32: frozenset[str] = frozenset()
+    no_float16: str | None = None  # why not
+    notice: Callable[[Any], str | None] = lambda config: None  # said when it is loaded
+
+
+def esm_settings(layout: str, settings: Mapping[str, object], tensors: TensorSource) -> dict[str, Any]:
+    if layout == "fair":
+        return published_esm.fair_config(tensors.extras, tensors.meta)
+    return published_esm.hub_config(settings, tensors.meta)
+
+
+def esm_rows(names: Iterable[str], config: esm.Config) -> KeyMap:
+    return published_esm.key_map(names, rotary=config.learned_positions is None, contact_head=config.contact_head)
+
+
+def esm_frequencies(names: Iterable[str], config: esm.Config) -> State:
+    if config.learned_positions is not None or published_esm.stores_frequencies(names):
+        return {}
+    return {"frequencies": esm.default_frequencies(config.head_size)}
+
+
+def esm_loaded(layout: str, state: State, config: esm.Config) -> State:
+    return esm.zero_mask_row(state, config) if layout == "fair" else state
+
+
+def ankh_notice(config: t5.Config) -> str | None:
+    """Only Ankh's vocabularies have these sizes, so weights of an unknown folder are told by them as well."""
+    if config.vocabulary not in (len(tokens.ANKH), len(tokens.ANKH3)):
+        return None
+    return "Ankh's weights are published under CC BY-NC-SA 4.0: they may not be used commercially"
+
+
+FAMILIES = (
+    Family(
+        name="esm",
+        network=esm.ESM,
+        config=esm.Config,
+        layout=published_esm.recognise,
+        settings_beside=frozenset({"hub", "plm"}),
+        read_config=esm_settings,
+        key_map=esm_rows,
+        tokenizer=lambda config: tokens.esm_tokenizer(),
+        computed=esm_frequencies,
+        loaded=esm_loaded,
+        always_float32=frozenset({"frequencies"}),
+    ),
+    Family(
+        name="bert",
+        network=bert.BERT,
+        config=bert.Config,
+        layout=published_bert.recognise,
+        settings_beside=frozenset({"hub", "plm"}),
+        read_config=lambda layout, settings, tensors: published_bert.hub_config(settings, tensors.meta),
+        key_map=lambda names, config: published_bert.key_map(names, asdict(config)),
+        tokenizer=lambda config: tokens.bert_tokenizer(),
+    ),
+    Family(
+        name="t5",
+        network=t5.T5,
+        config=t5.Config,
+        layout=published_t5.recognise,
+        settings_beside=frozenset({"hub", "plm"}),
+        read_config=lambda layout, settings, tensors: published_t5.hub_config(settings, tensors.meta),
+        key_map=lambda names, config: published_t5.key_map(names, asdict(config)),
+        tokenizer=lambda config: tokens.t5_tokenizer(config.vocabulary),
+        no_float16="the residual stream of a T5 exceeds 65,504, the largest float16, and turns into infinities",
+        notice=ankh_notice,
+    ),
+)
+BY_NAME = {family.name: family for family in FAMILIES}
