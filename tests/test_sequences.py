@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import string
 import sys
 from pathlib import Path
@@ -103,11 +104,44 @@ def test_changes_are_made_and_counted(tmp_path: Path) -> None:
 
 
 def test_tokens_keep_their_case(tmp_path: Path) -> None:
-    reading = read(tmp_path, b">a\nmk<mask>tv\n>pair\nVQL|EVV\n>wrapped\nM<ma\nsk>K\n")
-    assert [sequence for _, sequence in pairs(reading)] == ["MK<mask>TV", "VQL|EVV", "M<mask>K"]
+    reading = read(tmp_path, b">a\nmk<mask>tv\n>wrapped\nM<ma\nsk>K\n")
+    assert [sequence for _, sequence in pairs(reading)] == ["MK<mask>TV", "M<mask>K"]
     assert reading.changes == ["4 lowercase letters upper-cased"]
-    assert reading.lengths == [5, 7, 3]
-    assert (reading.source, reading.ids) == (str(tmp_path / "proteins.fasta"), ["a", "pair", "wrapped"])
+    assert reading.lengths == [5, 3]
+    assert (reading.source, reading.ids) == (str(tmp_path / "proteins.fasta"), ["a", "wrapped"])
+
+
+def test_case(tmp_path: Path) -> None:
+    """Foldseek writes 3Di states in capitals, ProstT5 takes them in lowercase."""
+    content = b">a\nDVvq*L<MASK>P*\n"
+    lower = read(tmp_path, content, case="lower", on_stop="X")
+    assert pairs(lower) == [("a", "dvvqxl<MASK>p")]
+    assert lower.changes == [
+        "terminal stops (*) removed from 1 sequences",
+        "4 uppercase letters lower-cased",
+        "1 inner stops (*) read as X",
+    ]
+    kept = read(tmp_path, content, case="keep", on_stop="X")
+    assert pairs(kept) == [("a", "DVvqXL<MASK>P")]
+    assert kept.changes == ["terminal stops (*) removed from 1 sequences", "1 inner stops (*) read as X"]
+    for case, letters in (("upper", "A-Z"), ("lower", "a-z"), ("keep", "A-Za-z")):
+        assert message(tmp_path, b">a\nDv1\n", case=case).endswith(
+            "record 1 'a': '1' at position 3\n"
+            f"What to do: sequences hold the letters {letters}, and <mask> or | where the model has them"
+        )
+    with pytest.raises(ValueError, match="case is one of upper, lower, keep, not 'title'"):
+        read(tmp_path, content, case="title")
+
+
+def test_literals_in_lowercase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could be the name of a file, so they are taken only where case is spoken of."""
+    monkeypatch.chdir(tmp_path)
+    assert pairs(read_records("dvVq", case="lower")) == [("1", "dvvq")]
+    assert pairs(read_records("dvVq", case="keep")) == [("1", "dvVq")]
+    with pytest.raises(InputError, match="a literal sequence is written in capitals, as MKTAYIAK"):
+        read_records("dvVq")
+    with pytest.raises(InputError, match="a literal sequence is written as letters alone"):
+        read_records("dvvq.fasta", case="lower")
 
 
 @pytest.mark.parametrize(
@@ -238,9 +272,17 @@ def test_table_columns(tmp_path: Path) -> None:
     assert "line 3, record 2 'other': '1' at position 2" in message(
         tmp_path, content, "t.csv", column="Heavy", id_column="Therapeutic"
     )
-    assert "--column; there are: Therapeutic, Heavy, Light" in message(tmp_path, content, "t.csv")
-    assert "--id-column; there are: " in message(tmp_path, content, "t.csv", column="Heavy", id_column="nothing")
+    assert message(tmp_path, b"Name,Residues\na,MK\n", "t.csv").endswith(
+        "t.csv: line 1: no column of sequences\nWhat to do: choose one with --column, or two with --heavy-column and "
+        "--light-column; there are: Name, Residues"
+    )
+    assert message(tmp_path, content, "t.csv", column="nothing", id_column="none").endswith(
+        "t.csv: 2 faults\n  line 1: no column for --column nothing\n  line 1: no column for --id-column none\n"
+        "What to do: choose one with --column; there are: Therapeutic, Heavy, Light\n"
+        "What to do: choose one with --id-column; there are: Therapeutic, Heavy, Light"
+    )
     assert "empty sequence" in message(tmp_path, b"id,seq\na\n", "t.csv")
+    assert "line 1: not a table (field larger" in message(tmp_path, b"M" * 200_000, "t.csv")
     assert "FASTA, which has no columns" in message(tmp_path, b">a\nMK\n", column="seq")
 
 
@@ -305,7 +347,7 @@ def test_round_trip(tmp_path: Path, records: list[tuple[str, str]], width: int, 
         st.binary(max_size=200),
         st.lists(
             st.sampled_from(
-                [b">", b"a", b"MK", b"\n", b"\r", b"*", b"-", b"\0", b"<mask>", b"<", b",", b"\t", b'"', b"\xe9"]
+                [b">", b"a", b"MK", b"\n", b"\r", b"*", b"-", b"\0", b"<mask>", b"<", b",", b"\t", b'"', b"\xe9", b"|"]
             )
         ).map(b"".join),
         st.binary(max_size=60).map(lambda tail: gzip.compress(b">a\nMKTV\n")[:20] + tail),
@@ -313,6 +355,7 @@ def test_round_trip(tmp_path: Path, records: list[tuple[str, str]], width: int, 
     name=st.sampled_from(["a.fasta", "a.csv", "a.tsv", "a.txt", "a.gz"]),
     policies=st.fixed_dictionaries(
         {
+            "case": st.sampled_from(["upper", "lower", "keep"]),
             "on_stop": st.sampled_from(["error", "X", "skip"]),
             "strip_gaps": st.booleans(),
             "duplicates": st.sampled_from(["suffix", "error", "first"]),
@@ -324,12 +367,13 @@ def test_round_trip(tmp_path: Path, records: list[tuple[str, str]], width: int, 
 def test_any_bytes_give_records_or_an_input_error(
     tmp_path: Path, content: bytes, name: str, policies: dict[str, Any]
 ) -> None:
-    """No other exception leaves the reader, ids are unique, and only letters, ``|`` and tokens come through."""
+    """No other exception leaves the reader, ids are unique, and only letters, tokens and one ``|`` come through."""
     try:
         reading = read(tmp_path, content, name, **policies)
     except InputError:
         return
     assert len({record.id for record in reading.records}) == len(reading.records)
-    allowed = set(string.ascii_uppercase + "|")
-    for record in reading.records:
-        assert record.id and record.sequence and set(record.sequence.replace("<mask>", "")) <= allowed | set("<>ak_ms")
+    letters = {"upper": "A-Z", "lower": "a-z", "keep": "A-Za-z"}[policies["case"]]
+    chain = rf"(?:[{letters}]|<\w+>)+"
+    assert all(record.id and re.fullmatch(rf"{chain}(\|{chain})?", record.sequence) for record in reading.records)
+    assert len({len(record.chains) for record in reading.records}) <= 1

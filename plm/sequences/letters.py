@@ -1,0 +1,67 @@
+"""Which characters a sequence may hold, and what is wrong with the others."""
+
+import re
+import string
+from typing import Literal, NamedTuple
+
+from plm.sequences.records import Case
+
+SPACES = b" \t\v\f\r\n"
+GAPS = b"-."
+# All letters pass: which of B J O U X Z a model knows is its tokenizer's affair.
+LETTERS: dict[Case, str] = {"upper": "A-Z", "lower": "a-z", "keep": "A-Za-z"}
+ALLOWED: dict[Case, bytes] = {
+    "upper": string.ascii_uppercase.encode(),
+    "lower": string.ascii_lowercase.encode(),
+    "keep": string.ascii_letters.encode(),
+}
+# A token, to step over it, or (group 1) a character that does not belong here
+NOT_ALLOWED = {case: re.compile(rb"<\w+>|([^%b|])" % letters.encode()) for case, letters in LETTERS.items()}
+HINTS = {
+    "*": "a stop inside a sequence: --on-stop X reads it as X, --on-stop skip leaves the sequence out",
+    "-": "gaps of an alignment: --strip-gaps removes them",
+    ".": "gaps of an alignment: --strip-gaps removes them",
+    "\0": "a NUL byte: the file is damaged or not text, fetch it again",
+}
+
+
+class Problem(NamedTuple):
+    """`position` is 0-based in the whole sequence; -1 if it is not at a residue. Policies look at the `kind`."""
+
+    reason: str
+    hint: str
+    kind: Literal["empty", "stop", "other"] = "other"
+    position: int = -1
+
+
+def find_problem(sequence: bytes, case: Case) -> Problem | None:
+    """The first thing that is wrong with a tidied sequence, or None."""
+    if not sequence:
+        hint = "give it residues, remove it, or leave such records out with --skip-empty"
+        return Problem("empty sequence", hint, "empty")
+    chains = sequence.split(b"|")
+    if len(chains) > 2:
+        return Problem(f"{len(chains)} chains", "a pair is HEAVY|LIGHT: two chains with one | between them")
+    if missing := [name for name, chain in zip(("heavy", "light"), chains, strict=False) if not chain]:
+        hint = "a pair is HEAVY|LIGHT: give it both chains, or leave such records out with --skip-empty"
+        return Problem(f"no {' and no '.join(missing)} chain", hint, "empty")
+    if not sequence.translate(None, ALLOWED[case] + b"|"):
+        return None
+    found = next((match for match in NOT_ALLOWED[case].finditer(sequence) if match[1]), None)
+    if not found:
+        return None
+    at = found.start()
+    # All before it is ASCII, so the position in bytes is the position in characters.
+    character = sequence[at:].decode(errors="replace")[0]
+    code = "" if character.isascii() else f" (U+{ord(character):04X})"  # some look like a Latin letter
+    hint = HINTS.get(character, f"sequences hold the letters {LETTERS[case]}, and <mask> or | where the model has them")
+    reason = f"{character!r}{code} at position {_place(sequence, at)}"
+    return Problem(reason, hint, "stop" if character == "*" else "other", at)
+
+
+def _place(sequence: bytes, at: int) -> str:
+    """A position as people count: from 1, and in a pair within its chain."""
+    bar = sequence.find(b"|")
+    if bar < 0:
+        return str(at + 1)
+    return f"{at + 1} of the heavy chain" if at < bar else f"{at - bar} of the light chain"
