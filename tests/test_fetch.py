@@ -286,6 +286,14 @@ def test_hub_form_follows_the_index_of_shards(site: Site) -> None:
     assert fetch(row) == folder and len(weight_files(folder)) == 3
 
 
+def test_hub_form_takes_a_lone_bin_and_every_file_of_a_tokenizer(site: Site) -> None:
+    """As Ankh and ProtT5 are published. Other states of the training that lie there, too, stay where they are."""
+    files = dict.fromkeys(("spiece.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"), b"{}")
+    files |= {"config.json": b"{}", "pytorch_model.bin": b"weights"}
+    folder = fetch(hub_row(site, files | {"pytorch_model_600k.bin": b"younger", "flax_model.msgpack": b"again"}))
+    assert names(folder) == sorted(files)
+
+
 def test_hub_bytes_are_hashed_once_and_again_after_a_change(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """huggingface_hub compares sizes only, so a file of the right size and wrong bytes is ours to find."""
     row = hub_row(site)

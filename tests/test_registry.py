@@ -1,10 +1,10 @@
 """Rows, headers and published values of every checkpoint, proven without a download."""
 
-import dataclasses
 import hashlib
 import json
 import re
 import runpy
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,12 @@ from plm_weights.errors import UnknownModelError
 from plm_weights.fetch import fetch
 from plm_weights.keymap import Drop, KeyMap, check, export_weights
 from plm_weights.read import open_tensors
-from plm_weights.registry import CHECKPOINTS, Checkpoint, Form, find, header
+from plm_weights.registry import CHECKPOINTS, Checkpoint, File, Form, find, header
 
 WEIGHTS = Path(registry.__file__).parent
 PUBLISHED = [row for row in CHECKPOINTS if row.header]
-every_row = pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
+FRAME = {"esm": 2, "bert": 2, "t5": 1}  # tokens around the residues, without a task
+every_esm = pytest.mark.parametrize("row", [row for row in PUBLISHED if row.family == "esm"], ids=lambda row: row.name)
 
 
 def config(row: Checkpoint) -> Config:
@@ -46,10 +47,13 @@ def safetensors_size(header: dict[str, Tensor]) -> int:
     return 8 + -(-len(json.dumps(entries, separators=(",", ":"))) // 8) * 8 + end
 
 
-def test_every_checkpoint_of_the_family_has_a_row() -> None:
+def test_every_checkpoint_of_the_families_has_a_row() -> None:
     assert [row.name for row in CHECKPOINTS] == [
         *("plm-mini", "esm2-8m", "esm2-35m", "esm2-150m", "esm2-650m", "esm2-3b", "esm2-15b"),
         *("esm1b", "esm1v-1", "esm1v-2", "esm1v-3", "esm1v-4", "esm1v-5"),
+        *("ankh-base", "ankh-large", "ankh2-large", "ankh3-large", "ankh3-xl"),
+        *("prott5-xl-u50", "prott5-xl-bfd", "prott5-xl-half", "prostt5", "prostt5-fp16", "igt5", "igt5-unpaired"),
+        *("igbert", "igbert-unpaired", "protbert", "protbert-bfd"),
     ]
 
 
@@ -76,8 +80,21 @@ def test_names_are_unique_and_rows_well_formed() -> None:
         assert len({file.name for file in files}) == len(files), row.name
         assert row.revision is None or re.fullmatch("[0-9a-f]{40}", row.revision), row.name
         assert all((row.licence, row.citation, row.hub or row.folder)), row.name
+        assert row.pairs is (row.name in ("igbert", "igt5")), row.name
+        if row.header:
+            assert row.config and row.parameters and "doi:10." in row.citation, row.name
+            assert row.revision or row.name == "esm2-15b", "nobody else stated a commit of it"
     hashes = [sha256 for row in CHECKPOINTS for file in row.originals for sha256 in file.sha256]
     assert len(hashes) == len(set(hashes)) == 12
+    weights = [sha256 for row in CHECKPOINTS for file in row.files if "model" in file.name for sha256 in file.sha256]
+    assert len(weights) == len(set(weights)) + 1 == 20, "two rows share a spiece.model"
+
+
+def test_terms_of_use_are_told() -> None:
+    for row in CHECKPOINTS:
+        assert ("non-commercial" in row.licence) == row.name.startswith("ankh"), row.name
+    assert find("igbert").licence == find("igt5-unpaired").licence == "MIT (hub), CC BY 4.0 (Zenodo)"
+    assert {find(name).licence for name in ("prott5", "prott5-half", "protbert", "protbert-bfd")} == {"AFL-3.0"}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +107,18 @@ def test_names_are_unique_and_rows_well_formed() -> None:
         ("esm1v_t33_650M_UR90S", "esm1v-1"),
         ("esm1v-n3", "esm1v-3"),
         ("plm-mini", "plm-mini"),
+        ("elnaggarlab/ankh3-large", "ankh3-large"),
+        ("ankh2-ext2", "ankh2-large"),
+        ("ankh3_xl", "ankh3-xl"),
+        ("prot_t5_xl_uniref50", "prott5-xl-u50"),
+        ("ProtT5", "prott5-xl-u50"),
+        ("Rostlab/prot_t5_xl_half_uniref50-enc", "prott5-xl-half"),
+        ("ProstT5_fp16", "prostt5-fp16"),
+        ("igt5-paired", "igt5"),
+        ("Exscientia/IgBert", "igbert"),
+        ("igbert-paired", "igbert"),
+        ("IgBert_unpaired", "igbert-unpaired"),
+        ("prot_bert_bfd", "protbert-bfd"),
     ],
 )
 def test_find_knows_the_names_in_use(name: str, expected: str) -> None:
@@ -110,7 +139,7 @@ def test_originals_have_the_urls_of_their_publisher() -> None:
     assert [file.name for file in find("esm1v").originals] == ["esm1v_t33_650M_UR90S_1.pt"]
 
 
-@every_row
+@every_esm
 def test_parameters_follow_from_the_configuration(row: Checkpoint) -> None:
     """By the formula, and by adding up the published tensors that are trained."""
     net, vocabulary = config(row), 33
@@ -124,7 +153,7 @@ def test_parameters_follow_from_the_configuration(row: Checkpoint) -> None:
     assert row.parameters == sum(tensor.numel() for name, tensor in tensors if not counted_elsewhere.fullmatch(name))
 
 
-@every_row
+@every_esm
 @pytest.mark.parametrize("form", ["hub", "original"])
 def test_every_header_loads_into_the_model_and_comes_back(row: Checkpoint, form: Form) -> None:
     """The key map reads each published tensor once and fills each of ours once; back, only what it drops is missing."""
@@ -142,18 +171,22 @@ def test_every_header_loads_into_the_model_and_comes_back(row: Checkpoint, form:
     }
 
 
-@every_row
+@every_esm
 def test_configuration_is_what_the_published_config_file_gives(row: Checkpoint) -> None:
     """A row and a hub folder of the same checkpoint must build the same model."""
-    expected = dataclasses.asdict(config(row))
+    expected = asdict(config(row))
     assert esm.hub_config(esm.hub_config_json(expected), header(row.name)) == expected
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((WEIGHTS / "headers").glob("*.json"))])
-def test_headers_are_those_of_the_reference_libraries(name: str) -> None:
-    make_headers = runpy.run_path(str(Path(__file__).parent / "golden" / "make_headers.py"))
-    assert (WEIGHTS / "headers" / f"{name}.json").read_text() == make_headers["document"](name)
-    assert name in {row.header for row in PUBLISHED}
+@pytest.mark.parametrize(("script", "table"), [("make_headers", "MODELS"), ("make_headers_t5_bert", "HEADERS")])
+def test_headers_are_those_of_the_reference_libraries(script: str, table: str) -> None:
+    make_headers = runpy.run_path(str(Path(__file__).parent / "golden" / f"{script}.py"))
+    for name in make_headers[table]:
+        assert (WEIGHTS / "headers" / f"{name}.json").read_text() == make_headers["document"](name)
+
+
+def test_every_header_belongs_to_a_row() -> None:
+    assert {path.stem for path in (WEIGHTS / "headers").glob("*.json")} == {row.header for row in PUBLISHED}
 
 
 # Bytes of files on the hub, and of copies saved again by transformers 4.45, which leaves out the position ids.
@@ -165,16 +198,19 @@ def test_headers_are_those_of_the_reference_libraries(name: str) -> None:
         ("esm2-8m", True, 31_375_984, 0),
         ("esm2-35m", True, 136_000_488, 0),
         ("esm2-650m", False, 2_609_506_392, 0),
+        ("igbert", False, 1_679_791_776, 0),
+        ("igbert-unpaired", False, 1_679_791_776, 0),
     ],
 )
 def test_headers_add_up_to_the_published_files(name: str, resaved: bool, published: int, slack: int) -> None:
     tensors = header(name)
+    assert resaved or File("model.safetensors", published) in [replace(file, sha256=()) for file in find(name).files]
     if resaved:
         del tensors["esm.embeddings.position_ids"]
     assert 0 <= safetensors_size(tensors) - published <= slack
 
 
-@every_row
+@every_esm
 def test_headers_fit_the_published_original_files(row: Checkpoint) -> None:
     """A .pt holds its tensors, the tied decoder once, and at most 1 kB per tensor besides: dtypes are right, too."""
     tensors = header(row.name, "original")
@@ -185,29 +221,68 @@ def test_headers_fit_the_published_original_files(row: Checkpoint) -> None:
             assert 0 < file.size - size(held) < 1000 * max(len(held), 2), file.name
 
 
-def test_a_row_without_a_header_says_so() -> None:
+# Tensors and values with all copies, as far as somebody counted them; and values without copies.
+@pytest.mark.parametrize(
+    ("name", "stored", "unique"),
+    [
+        ("ankh-base", (776, 736_674_816), 736_453_632),
+        ("ankh-large", (776, 1_879_147_520), 1_878_705_152),
+        ("ankh2-large", (776, 1_879_147_520), 1_878_705_152),
+        ("ankh3-large", (776, 1_879_835_648), 1_879_049_216),
+        ("ankh3-xl", (776, 5_732_217_856), 5_730_907_136),
+        ("protbert", None, 420_984_864),
+        ("protbert-bfd", None, 420_984_864),
+    ],
+)
+def test_headers_have_the_published_totals(name: str, stored: tuple[int, int] | None, unique: int) -> None:
+    tensors = header(name)
+    assert stored in (None, (len(tensors), sum(tensor.numel() for tensor in tensors.values())))
+    copies = re.compile(r"(en|de)coder\.embed_tokens\.weight|cls\.predictions\.decoder\.weight")
+    assert unique == sum(tensor.numel() for key, tensor in tensors.items() if not copies.fullmatch(key))
+    assert unique == find(name).parameters
+
+
+@pytest.mark.parametrize("name", ["ankh-base", "prott5-xl-u50", "prott5-xl-bfd", "prott5-xl-half", "protbert"])
+def test_headers_fit_the_published_bin_files(name: str) -> None:
+    """They hold each number once, whatever copies they name, and less than 500 bytes per tensor besides."""
+    row, tensors = find(name), header(name)
+    (itemsize,) = {tensor.element_size() for tensor in tensors.values()}
+    (published,) = (file.size for file in row.files if file.name == "pytorch_model.bin")
+    assert row.parameters is not None and published is not None
+    assert 0 < published - itemsize * row.parameters < 500 * len(tensors)
+
+
+def test_a_lacking_header_is_said() -> None:
     with pytest.raises(ValueError, match=r"plm-mini has no header on file"):
         header("plm-mini")
+    with pytest.raises(ValueError, match=r"ankh3-xl was published in the hub's form only.*'original'"):
+        header("ankh3-xl", "original")
 
 
 def test_every_published_value_belongs_to_a_row() -> None:
     """All files are read; their rows and columns exist in the model; sources, licences and reasons are given."""
-    assert {path.stem for path in (WEIGHTS / "checks").glob("*.json")} <= {row.name for row in CHECKPOINTS}
+    files = [*(WEIGHTS / "checks").glob("*.json")]
+    assert {path.stem for path in files} <= {row.name for row in CHECKPOINTS}
     for row in PUBLISHED:
         for each in row.checks:
-            tokens = each.ids or re.findall("<mask>|.", f".{each.sequence}.")
-            residues, sizes = len(tokens) - 2, config(row)
+            assert row.config is not None
+            channels, vocabulary = (int(row.config.get(key) or 33) for key in ("channels", "vocabulary"))
+            residues = len(re.findall("<mask>|.", each.sequence)) if each.sequence else 0
+            tokens = len(each.ids or ()) or residues + FRAME[row.family]
             shape = {
                 "nll": (1, 1),
+                "log_likelihood": (1, 1),
+                "masked_probabilities": (residues, vocabulary),
                 "contacts": (residues, residues),
-                "hidden": (len(tokens), sizes.channels),
-                "mean": (1, sizes.channels),
-            }.get(each.what, (len(tokens), 33))
+                "hidden": (tokens, channels),
+                "mean": (1, channels),
+            }.get(each.what, (tokens, vocabulary))
             assert max(each.rows) < shape[0] and max(each.columns) < shape[1], (row.name, each)
-            assert each.layer is None or each.layer <= sizes.layers, (row.name, each)
+            assert each.layer is None or each.layer <= int(row.config["layers"] or 0), (row.name, each)
             assert each.source and each.licence and each.because, (row.name, each)
-    assert {row.name for row in PUBLISHED if not row.checks} == {"esm2-15b"}
-    assert sum(path.stat().st_size for path in (WEIGHTS / "checks").glob("*.json")) < 80_000
+    unchecked = {"esm2-15b", "prostt5", "prostt5-fp16", "igt5", "igt5-unpaired"}
+    assert {row.name for row in PUBLISHED if not row.checks} == unchecked
+    assert sum(path.stat().st_size for path in files) < 120_000
 
 
 def test_published_values_as_printed_by_their_sources() -> None:
@@ -224,6 +299,27 @@ def test_published_values_as_printed_by_their_sources() -> None:
     # H24D, H24E by the five ESM-1v
     odds = [next(one for one in checks(f"esm1v-{i}") if one.what == "log_odds").expected[0][:2] for i in range(1, 6)]
     assert [round(pair[1], 6) for pair in odds] == [-1.400086, 0.176536, 0.731085, -1.078302, 1.137428]
+
+
+def test_published_values_of_t5_and_bert_as_printed_by_their_sources() -> None:
+    """First values of each source, read by eye where it printed them."""
+    first = {name: find(name).checks[0] for name in ("prott5", "prott5-half", "protbert-bfd", "ankh3-xl", "igbert")}
+    for name in ("prott5", "prott5-half"):
+        assert (first[name].sequence, first[name].rows[0], first[name].layer) == ("PRXTEIN", 0, 24)
+        assert first[name].expected[0][:3] == (0.02704864, -0.1272434, -0.1680849)
+    assert (first["protbert-bfd"].rows[0], first["protbert-bfd"].layer) == (1, 30)
+    assert first["protbert-bfd"].expected[0][:3] == (0.05733505, 0.0180673, 0.04877437)
+    masked = next(one for one in find("protbert-bfd").checks if one.what == "masked_probabilities")
+    assert masked.sequence == "MLIV" and dict(zip(masked.columns, masked.expected[0], strict=True))[19] == 0.03282926
+    sums = {name: [one.expected for one in find(name).checks if one.what == "log_likelihood"] for name in first}
+    assert sums.pop("igbert") == [((-34.7425,),)] and not any(sums.values())
+    assert first["igbert"].sequence == "EVQLVESGGGLVQ|DIQMTQ"
+    for row in CHECKPOINTS:
+        if row.name.startswith("ankh"):
+            assert [one.what for one in row.checks] == ["hidden"] * 3 + ["mean"] * 3
+            assert {one.layer for one in row.checks} == {48}
+            # what tells nothing: a bound as large as the values
+            assert all(one.absolute < 0.5 * max(abs(x) for row in one.expected for x in row) for one in row.checks)
 
 
 CHECK = Check("logits", (0, 2), (1,), ((1.0,), (-2.0,)), "here", "MIT", 0.1, 0.05, "for a test", sequence="M")
@@ -247,6 +343,7 @@ def test_error_is_a_share_of_what_is_allowed() -> None:
         ({"sequence": None}, "either a sequence or ids"),
         ({"layer": 1}, "a layer for hidden and mean"),
         ({"what": "hidden"}, "a layer for hidden and mean"),
+        ({"sequence": None, "ids": (1,), "task": "nlu"}, "a sequence where there is a task"),
         ({"expected": ((1.0,),)}, "rows by columns"),
         ({"expected": ((1.0,), (float("nan"),))}, "finite"),
         ({"rows": (0, -1)}, "from 0 upwards"),
@@ -255,7 +352,7 @@ def test_error_is_a_share_of_what_is_allowed() -> None:
 )
 def test_malformed_checks_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CHECK, **changes)  # type: ignore[arg-type]
+        replace(CHECK, **changes)  # type: ignore[arg-type]
 
 
 def test_malformed_check_files_name_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

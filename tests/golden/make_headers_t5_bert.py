@@ -45,7 +45,7 @@ COPIES = r"(en|de)coder\.embed_tokens\.weight|lm_head\.weight"
 # Confirmed by the size or hash of a published file: ankh-*, igbert, igt5 (its index) and prott5-xl-half, but for
 # whether that names its embedding once or twice. By a listing of names: prott5-xl-u50, prott5-xl-bfd, prostt5. Not
 # confirmed: that prostt5-fp16 is like prostt5, and that protbert does not repeat its bias as decoder.bias.
-HEADERS = {
+HEADERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "ankh-base": ("F32", ANKH | {"d_model": 768, "num_heads": 12, "d_ff": 3072, "vocab_size": 144}, ""),
     "ankh-large": ("F32", ANKH | {"d_model": 1536, "num_heads": 16, "d_ff": 3840, "vocab_size": 144}, ""),
     "ankh3-large": ("F32", ANKH | {"d_model": 1536, "num_heads": 16, "d_ff": 3840, "vocab_size": 256}, ""),

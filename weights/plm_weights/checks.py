@@ -8,16 +8,19 @@
                   "rows": [1, 2], "columns": [0, 1, 2], "expected": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]}]}]
 
 ``ids`` may stand in place of ``sequence``; they go to the model as they are, and all are attended to, even ``<pad>``.
-Only ``hidden`` and ``mean`` have a ``layer``. Each kind of value is one matrix per sequence of n tokens, t of them
-residues:
+A pair of chains is one sequence, ``"EVQ|DIQ"``; where a model has tasks, a check may name its ``task``. Only ``hidden``
+and ``mean`` have a ``layer``. Each kind of value is one matrix per sequence of n tokens, t of them residues; the inner
+tokens are all but those which the tokenizer puts around the residues (the separator of a pair is one of them):
 
-    logits         [n, v]  of one pass over the input as it stands
-    probabilities  [n, v]  softmax of the logits over the whole vocabulary
-    log_odds       [n, v]  log-probability minus that of the token which stands there
-    nll            [1, 1]  mean over all n tokens of minus the log-probability of the token which stands there
-    hidden         [n, c]  ``hidden_states[layer]``
-    mean           [1, c]  the same, averaged over residues: all tokens but those which the tokenizer puts around them
-    contacts       [t, t]  probabilities
+    logits                [n, v]  of one pass over the input as it stands
+    probabilities         [n, v]  softmax of the logits over the whole vocabulary
+    log_odds              [n, v]  log-probability minus that of the token which stands there
+    nll                   [1, 1]  mean over all n tokens of minus the log-probability of the token which stands there
+    log_likelihood        [1, 1]  sum over the inner tokens of the log-probability of the token which stands there
+    masked_probabilities  [t, v]  row i as in probabilities, at residue i, of a pass in which that residue is hidden
+    hidden                [n, c]  ``hidden_states[layer]``, of the encoder if there are two stacks
+    mean                  [1, c]  the same, averaged over the inner tokens
+    contacts              [t, t]  probabilities
 """
 
 import json
@@ -29,7 +32,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-What = Literal["logits", "probabilities", "log_odds", "nll", "hidden", "mean", "contacts"]
+What = Literal[
+    "logits",
+    "probabilities",
+    "log_odds",
+    "nll",
+    "log_likelihood",
+    "masked_probabilities",
+    "hidden",
+    "mean",
+    "contacts",
+]
 
 _LAYERED = ("hidden", "mean")
 _FOLDER = Path(__file__).with_name("checks")
@@ -51,12 +64,14 @@ class Check:
     sequence: str | None = None
     ids: tuple[int, ...] | None = None
     layer: int | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         shape = [len(row) for row in self.expected]
         needs = {
             f"what to be one of {', '.join(get_args(What))}": self.what in get_args(What),
             "either a sequence or ids": (self.sequence is None) != (self.ids is None),
+            "a sequence where there is a task": self.task is None or self.sequence is not None,
             "a layer for hidden and mean, and for nothing else": (self.layer is not None) == (self.what in _LAYERED),
             "rows and columns from 0 upwards": bool(self.rows and self.columns) and min(*self.rows, *self.columns) >= 0,
             "expected to be rows by columns": shape == [len(self.columns)] * len(self.rows),

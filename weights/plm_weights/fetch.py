@@ -28,7 +28,15 @@ Progress = Callable[[int, int | None], None]
 """Called with the bytes there and the bytes in all, or None where the server does not say."""
 
 _LOG = logging.getLogger(__name__)
-_COMPANIONS = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_COMPANIONS = (
+    "config.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # In order of preference. An index lists the shards of a set.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARDS = {"model": "model-*-of-*.safetensors", "pytorch_model": "pytorch_model-*-of-*.bin"}
