@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "plm.loading": ("Model", "available", "load"),
+    "plm.loading": ("LicenceNotice", "Model", "available", "load"),
     "plm.packing": ("Packed",),
     "plm.embedding": ("embed",),
     "plm.contact_maps": ("contacts",),
+    "plm.generation": ("Sample", "generate"),
+    "plm.scoring": ("Score", "score"),
     "plm.conversion": ("convert",),
     "plm.verification": ("Report", "verify"),
     "plm.sequences": ("InputError",),
@@ -28,15 +30,20 @@ __all__ = [
     "DownloadError",
     "InputError",
     "KeyMapError",
+    "LicenceNotice",
     "Model",
     "Packed",
     "Report",
+    "Sample",
+    "Score",
     "UnknownModelError",
     "available",
     "contacts",
     "convert",
     "embed",
+    "generate",
     "load",
+    "score",
     "verify",
 ]
 
@@ -44,8 +51,10 @@ if TYPE_CHECKING:
     from plm.contact_maps import contacts
     from plm.conversion import convert
     from plm.embedding import embed
-    from plm.loading import Model, available, load
+    from plm.generation import Sample, generate
+    from plm.loading import LicenceNotice, Model, available, load
     from plm.packing import Packed
+    from plm.scoring import Score, score
     from plm.sequences import InputError
     from plm.verification import Report, verify
     from plm_weights.errors import CheckpointError, DownloadError, KeyMapError, UnknownModelError

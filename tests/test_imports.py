@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 BASICS = {"plm.layers", "plm.packing", "plm.tokens", "plm.cache"}
-VERBS = {"plm.embedding", "plm.contact_maps", "plm.conversion", "plm.verification", "plm.running", "plm.plots"}
+VERBS = {
+    "plm.generation",
+    "plm.decoding",
+    "plm.sampling",
+    "plm.scoring",
+    "plm.embedding",
+    "plm.contact_maps",
+    "plm.conversion",
+    "plm.verification",
+    "plm.running",
+    "plm.plots",
+}
 FILES = {"plm.sequences", "plm.outputs"}
 OPTIONAL = ["h5py", "pyarrow", "matplotlib", "transformers", "esm", "einops.layers"]
 
@@ -23,8 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "plm.cache": {"torch", "plm_kernels", "plm.packing"},
     "plm.tokens": {"torch", "plm.packing"},
     "plm.models": {"torch", "plm_kernels", *BASICS},
-    "plm.sequences": set(),
+    "plm.sequences": {"plm.sequences"},
     "plm.outputs": {"torch", "numpy", "safetensors", "h5py", "pyarrow", "plm.outputs"},
+    "plm.sampling": {"torch"},
+    "plm.decoding": {"torch", "plm.models.t5", "plm.packing", "plm.sampling"},
     "plm.families": {"torch", "plm_weights", "plm.models", *BASICS},
     "plm.loading": {"torch", "plm_weights", "plm.families", *BASICS},
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", *BASICS},

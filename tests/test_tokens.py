@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import EsmTokenizer
 
 from plm.tokens import ESM, esm_tokenizer
 
 TOKENIZER = esm_tokenizer()
+PUBLISHED = EsmTokenizer(str(Path(__file__).parent / "golden" / "esm" / "esm2_tiny" / "vocab.txt"))
+steady = settings(deadline=None, derandomize=True)  # the same verdict in every run, on a busy machine as well
 KNOWN = {
     # fair-esm tests/test_alphabet.py
     "MKTVRQG": [0, 20, 15, 11, 7, 10, 16, 6, 2],
@@ -55,6 +58,19 @@ def test_unknown_letters(text: str, run: list[int], each: list[int]) -> None:
         TOKENIZER.encode(text)
 
 
+@steady
+@given(st.lists(st.sampled_from([*"MKTAJXmkt*-1|<>_ \t\n", "<mask>", "<cls>", "<null_1>", "</s>"])).map("".join))
+def test_published_is_what_transformers_does(text: str) -> None:
+    assert TOKENIZER.published(text) == PUBLISHED(text).input_ids == TOKENIZER.encode(text, unknown="run")
+
+
+@steady
+@given(st.text(st.characters(exclude_characters="<")), st.sampled_from(["each", "run"]))
+def test_an_unknown_letter_never_becomes_another_token(text: str, policy: str) -> None:
+    known = {ESM.index(letter) for letter in text if letter in ESM}
+    assert set(TOKENIZER.residues(text, unknown=policy)) <= known | {TOKENIZER.unknown_id}
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -62,6 +78,7 @@ def test_unknown_letters(text: str, run: list[int], each: list[int]) -> None:
         ("MKv", "'v' at position 3.*upper"),
         ("MK*", r"'\*' at position 3.*stop codon"),
         ("MÅ", "'Å' at position 2"),
+        ("M|K", r"'\|' at position 2 .*\(LAGVSERTIDPKQNFYMHWCXBUZO\.-, <mask>\)\. .*single chains"),
     ],
 )
 def test_the_complaint_names_letter_and_place(text: str, complaint: str) -> None:
@@ -69,6 +86,7 @@ def test_the_complaint_names_letter_and_place(text: str, complaint: str) -> None
         TOKENIZER.encode(text)
 
 
+@steady
 @given(st.lists(st.sampled_from(ESM)).map("".join))
 def test_decode_gives_the_text_back(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == f"<cls>{text}<eos>"
@@ -79,6 +97,18 @@ def test_decode_refuses_foreign_ids() -> None:
         TOKENIZER.decode(torch.tensor([0, 33]))
 
 
+def test_residues_are_letters_without_gaps() -> None:
+    assert TOKENIZER.residue_ids == tuple(range(4, 29))
+    assert TOKENIZER.residue_text(TOKENIZER.encode("M-K.<mask>T")) == "MKT"
+    assert (TOKENIZER.start_id, TOKENIZER.end_id, TOKENIZER.unknown_id, TOKENIZER.mask_id) == (0, 2, 3, 32)
+
+
+def test_a_policy_that_is_none() -> None:
+    with pytest.raises(ValueError, match="unknown='drop' is not a policy; choose 'error', 'each' or 'run'"):
+        TOKENIZER.encode("MJ", unknown="drop")
+
+
+@steady
 @given(st.lists(st.text("LAGVSERTIDPKQNFYMHWCXBUZO.-"), min_size=1, max_size=5))
 def test_packing_strings_equals_encoding_each(texts: list[str]) -> None:
     batch = TOKENIZER.pack(texts)

@@ -188,6 +188,12 @@ class BERT(nn.Module):
             attentions=None if maps is None else [torch.stack(layers) for layers in zip(*maps, strict=True)],
         )
 
+    def logits(self, x: Tensor) -> Tensor:
+        """What the masked-language-model head makes of encoder output: ``[n, c] -> [n, v]``."""
+        if self.lm_head is None:
+            raise ValueError("this checkpoint has no language-model head")
+        return self.lm_head(x, self.embed.weight)  # type: ignore[no-any-return]
+
     def embed_tokens(self, batch: Packed, types: Tensor | None = None) -> Tensor:
         """Normed sum of the vectors of token, position and type, ``[n, c]``."""
         if batch.max_length > self.config.max_length:

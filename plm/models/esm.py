@@ -269,6 +269,12 @@ class ESM(nn.Module):
         out: Output = self(batch, hidden_states=hidden_states, logits=False)
         return out
 
+    def logits(self, x: Tensor) -> Tensor:
+        """What the masked-language-model head makes of encoder output: ``[n, c] -> [n, v]``."""
+        if self.lm_head is None:
+            raise ValueError("this checkpoint has no language-model head")
+        return self.lm_head(x, self.embed.weight)  # type: ignore[no-any-return]
+
     def embed_tokens(self, batch: Packed) -> Tensor:
         """Token vectors ``[n, c]`` with token dropout's rescaling, positions, and ESM-1b's norm."""
         x: Tensor = self.embed(batch.tokens)
