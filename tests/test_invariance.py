@@ -56,7 +56,7 @@ def random_proteins(lengths: tuple[int, ...] = LENGTHS) -> list[str]:
 
 def logits(model: Model, sequences: list[str], max_tokens: int) -> list[Tensor]:
     rows = running.encode(model, sequences)
-    found = running.run(model, rows, lambda batch: batch.split(model.net(batch).logits), max_tokens)
+    found = running.run(model, rows, lambda batch, _: batch.split(model.net(batch).logits), max_tokens=max_tokens)
     return in_order(found, len(rows))
 
 
