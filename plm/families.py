@@ -1,17 +1,17 @@
 """The families: how to tell one by its files, what becomes of them, and how its sequences are written.
 
-A row per family. What is here holds for loading alone; verbs know nothing of families.
+A row per family. What is here holds for loading and conversion; other verbs know nothing of families.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from plm import tokens
 from plm.models import bert, esm, t5
-from plm_weights import KeyMap, TensorSource
+from plm_weights import KeyMap, TensorSource, Tied
 from plm_weights import bert as published_bert
 from plm_weights import esm as published_esm
 from plm_weights import t5 as published_t5
@@ -32,10 +32,14 @@ class Family:
     settings_beside: frozenset[str]  # layouts with a config.json beside the weights
     read_config: Callable[[str, Mapping[str, object], TensorSource], dict[str, Any]]  # layout, settings, tensors
     key_map: Callable[[Iterable[str], Any], KeyMap]
+    hub_rows: Callable[[Any], KeyMap]  # from its config: the tensors that transformers 5 writes
+    hub_files: Callable[[Mapping[str, Any], str], dict[str, str]]  # config, dtype: what transformers wants beside them
+    original_rows: Callable[[Any], KeyMap]  # the tensors of the files that its authors published
     tokenizer: Callable[[Any], tokens.Tokenizer]
     computed: Callable[[Iterable[str], Any], State] = lambda names, config: {}  # what files may leave out
     loaded: Callable[[str, State, Any], State] = lambda layout, state, config: state  # the original's rule on loading
     always_float32: frozenset[str] = frozenset()
+    float32_at_least: frozenset[str] = frozenset()
     no_float16: str | None = None  # why not
     notice: Callable[[Any], str | None] = lambda config: None  # said when it is loaded
 
@@ -46,8 +50,9 @@ def esm_settings(layout: str, settings: Mapping[str, object], tensors: TensorSou
     return published_esm.hub_config(settings, tensors.meta)
 
 
-def esm_rows(names: Iterable[str], config: esm.Config) -> KeyMap:
-    return published_esm.key_map(names, rotary=config.learned_positions is None, contact_head=config.contact_head)
+def esm_form(config: esm.Config) -> dict[str, Any]:
+    """What its key maps want to know of it."""
+    return {"rotary": config.learned_positions is None, "contact_head": config.contact_head}
 
 
 def esm_frequencies(names: Iterable[str], config: esm.Config) -> State:
@@ -58,6 +63,19 @@ def esm_frequencies(names: Iterable[str], config: esm.Config) -> State:
 
 def esm_loaded(layout: str, state: State, config: esm.Config) -> State:
     return esm.zero_mask_row(state, config) if layout == "fair" else state
+
+
+def bert_original_rows(config: bert.Config) -> KeyMap:
+    """``.bin`` files hold the embedding and the head's bias twice, which other forms need not."""
+    rows = published_bert.hub_rows(asdict(config))
+    copies = tuple(replace(row, optional=False) for row in rows if isinstance(row, Tied) and config.lm_head)
+    return *(row for row in rows if not isinstance(row, Tied)), *copies
+
+
+def t5_original_rows(config: t5.Config) -> KeyMap:
+    """``.bin`` files hold the embedding once more for each stack, and for a tied head."""
+    embeddings = published_t5.EMBEDDINGS if config.decoder_layers else published_t5.EMBEDDINGS[:2]
+    return published_t5.hub_rows(asdict(config), embeddings=embeddings, copies=True)
 
 
 def ankh_notice(config: t5.Config) -> str | None:
@@ -75,7 +93,10 @@ FAMILIES = (
         layout=published_esm.recognise,
         settings_beside=frozenset({"hub", "plm"}),
         read_config=esm_settings,
-        key_map=esm_rows,
+        key_map=lambda names, config: published_esm.key_map(names, **esm_form(config)),
+        hub_rows=lambda config: published_esm.hub_rows(**esm_form(config)),
+        hub_files=published_esm.hub_files,
+        original_rows=lambda config: published_esm.fair_rows(**esm_form(config)),
         tokenizer=lambda config: tokens.esm_tokenizer(),
         computed=esm_frequencies,
         loaded=esm_loaded,
@@ -89,6 +110,9 @@ FAMILIES = (
         settings_beside=frozenset({"hub", "plm"}),
         read_config=lambda layout, settings, tensors: published_bert.hub_config(settings, tensors.meta),
         key_map=lambda names, config: published_bert.key_map(names, asdict(config)),
+        hub_rows=lambda config: published_bert.hub_rows(asdict(config)),
+        hub_files=published_bert.hub_files,
+        original_rows=bert_original_rows,
         tokenizer=lambda config: tokens.bert_tokenizer(),
     ),
     Family(
@@ -99,7 +123,11 @@ FAMILIES = (
         settings_beside=frozenset({"hub", "plm"}),
         read_config=lambda layout, settings, tensors: published_t5.hub_config(settings, tensors.meta),
         key_map=lambda names, config: published_t5.key_map(names, asdict(config)),
+        hub_rows=lambda config: published_t5.hub_rows(asdict(config)),
+        hub_files=published_t5.hub_files,
+        original_rows=t5_original_rows,
         tokenizer=lambda config: tokens.t5_tokenizer(config.vocabulary),
+        float32_at_least=frozenset({"encoder.relative_bias.weight", "decoder.relative_bias.weight"}),
         no_float16="the residual stream of a T5 exceeds 65,504, the largest float16, and turns into infinities",
         notice=ankh_notice,
     ),

@@ -120,16 +120,16 @@ class Opened:
 
         Raises: CheckpointError if the two disagree.
         """
-        table = self.family.tokenizer(self.config)
+        weights = self.tensors.files[0]
+        with naming(weights):
+            table = self.family.tokenizer(self.config)
         if self.layout not in self.family.settings_beside:
             return table
-        if (found := published_vocabulary(self.tensors.files[0].parent)) is None:
+        if (found := published_vocabulary(weights.parent)) is None:
             return table
         pieces, file = found
-        try:
+        with naming(file):
             return checked(table, pieces, file.name)
-        except ValueError as error:
-            raise CheckpointError(f"{file}: {error}") from None
 
 
 def available() -> list[Checkpoint]:
@@ -211,6 +211,8 @@ def build(opened: Opened, device: torch.device, dtype: torch.dtype) -> Network:
     state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
     for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
         precision = torch.float32 if name in family.always_float32 else dtype
+        if name in family.float32_at_least:
+            precision = torch.promote_types(dtype, torch.float32)
         state[name] = state[name].to(device, precision)
     net.load_state_dict(state, assign=True)
     return net.eval()
@@ -250,20 +252,17 @@ def open_checkpoint(path: Path) -> Opened:
     settings = read_config(file) if layout in family.settings_beside else {}
     with naming(file):
         read = own_config(settings) if layout == "plm" else family.read_config(layout, settings, tensors)
-        try:
-            config = family.config(**read)
-        except (TypeError, ValueError) as error:  # wrong names, or sizes that do not fit each other
-            raise CheckpointError(str(error)) from None
+        config = family.config(**read)  # wrong names, and sizes that do not fit each other, raise here
         rows = family.key_map(tensors.meta, config)
     return Opened(tensors, family, layout, config, rows)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the file that it is about before the message of a CheckpointError."""
+    """Put the file that it is about before the message of an error, and make it a CheckpointError if it is none."""
     try:
         yield
-    except CheckpointError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

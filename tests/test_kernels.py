@@ -2,10 +2,12 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plm_kernels import (
     RelativeBias,
@@ -19,6 +21,7 @@ from plm_kernels import (
     rotary_half,
     rotary_pairs,
 )
+from plm_kernels.packed_attention import _hankel
 
 CPU_BACKENDS = ("segments", "dense", "reference")
 LENGTHS = [(1,), (63,), (5, 5, 5), (1, 111, 60), (2, 7, 7, 1, 64)]
@@ -146,11 +149,166 @@ def test_wrong_arguments_say_what_is_wrong() -> None:
         attention(q, k[..., :4], v, offsets, scale=1, max_length=3)
     with pytest.raises(ValueError, match=r"'flash' is unknown.*segments"):
         attention(q, k, v, offsets, scale=1, max_length=3, backend="flash")
-    with pytest.raises(ValueError, match="cover 2 tokens; q has 3"):
+    with pytest.raises(ValueError, match="cover 2 keys; k has 3"):
         attention(q, k, v, offsets, scale=1, max_length=2, backend="dense")
     with pytest.raises(ValueError, match=r"\[h, 2 D \+ 1\].*\[2, 4\]"):
         RelativeBias(torch.zeros(2, 4))
     assert set(CPU_BACKENDS) < set(attention_backends())
+
+
+CROSS = [((1,), (63,)), ((63,), (1,)), ((5, 5, 5), (7, 7, 7)), ((4, 4, 4), (9, 9, 2)), ((1, 30, 2), (60, 1, 111))]
+
+
+@pytest.mark.parametrize("lengths", CROSS, ids=lambda lengths: "-".join(map(str, lengths)))
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_attention_to_another_batch_equals_the_formula(backend: str, lengths: Any) -> None:
+    """Each sequence to its partner, values and gradients; equal lengths with equal partners go together."""
+    own, partners = lengths
+
+    def everything(name: str) -> list[Tensor]:
+        q, k, v, offsets, key_offsets = cross_qkv(own, partners, torch.float64)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        if name == "reference":
+            out = reference.attention(*leaves, offsets, scale=0.3, key_offsets=key_offsets)
+        else:
+            there = {"key_offsets": key_offsets, "max_key_length": max(partners)}
+            out = attention(*leaves, offsets, scale=0.3, max_length=max(own), **there, backend=name)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    for ours, expected in zip(everything(backend), everything("reference"), strict=True):
+        # Float64 sums of at most 111 terms of size 1, in another order.
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def cross_qkv(own: tuple[int, ...], partners: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q of one batch, k and v of another, and the offsets of both."""
+    (first, offsets), (second, key_offsets) = (packed_qkv(x, 3, 24, dtype) for x in (own, partners))
+    return first[:, 0].clone(), second[:, 1].clone(), second[:, 2].clone(), offsets, key_offsets
+
+
+def test_a_sequence_never_sees_its_neighbours_partner() -> None:
+    q, k, v, offsets, key_offsets = cross_qkv((6, 9, 4), (5, 3, 5), torch.float32)
+    strange_k, strange_v = k.clone(), v.clone()
+    strange_k[5:8], strange_v[5:8] = 1e15, 1e15
+    rows = [*range(6), *range(15, 19)]
+    for backend in CPU_BACKENDS:
+        kept, seen = (
+            attention(
+                q, *pair, offsets, scale=1, max_length=9, key_offsets=key_offsets, max_key_length=5, backend=backend
+            )
+            for pair in ((k, v), (strange_k, strange_v))
+        )
+        assert torch.equal(kept[rows], seen[rows]), backend
+        assert not torch.equal(kept, seen), backend
+
+
+def test_a_band_holds_all_that_the_dense_bias_holds() -> None:
+    """``[h, 2 t - 1]`` numbers laid out as ``[h, t, t]`` without a copy, shorter and longer than the table reaches."""
+    bias = relative_bias(3, 9, torch.float64)
+    for length in (1, 2, 9, 10, 11, 50):
+        for causal in (False, True):
+            band = bias.band(length, causal, torch.float64)
+            assert band is bias.band(length, causal, torch.float64)  # every layer of a stack asks for it
+            hankel = _hankel(band, length)
+            assert hankel.untyped_storage().data_ptr() == band.untyped_storage().data_ptr()
+            dense = bias.dense(length)
+            if causal:
+                dense = dense.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+            assert torch.equal(hankel[0].flip(1), dense)
+
+
+def test_the_sign_of_a_distance() -> None:
+    """``key - query``: the table's last column is for keys far behind the query, in the direction of the text."""
+    bias = RelativeBias(torch.tensor([[10.0, 20.0, 30.0]]))
+    assert bias.dense(3).tolist() == [[[20, 30, 30], [10, 20, 30], [10, 10, 20]]]
+    assert bias.at(torch.tensor([-7, -1, 0, 1, 7])).tolist() == [[10, 10, 20, 30, 30]]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_gradients_through_a_relative_bias(backend: str, causal: bool) -> None:
+    """Of the table as well, whose edges many distances share; each value is used by several sequences."""
+
+    def gradients(name: str) -> list[Tensor]:
+        qkv, offsets = packed_qkv((4, 4, 1, 13), heads=2, size=8, dtype=torch.float64)
+        qkv.requires_grad_()
+        bias = relative_bias(2, 3, torch.float64)
+        bias.table.requires_grad_()
+        out = attention(*qkv.unbind(1), offsets, scale=0.5, causal=causal, bias=bias, max_length=13, backend=name)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        return [qkv.grad, bias.table.grad]
+
+    for ours, expected in zip(gradients(backend), gradients("reference"), strict=True):
+        assert expected.abs().max() > 1e-3  # there is something to compare
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+def test_a_large_bias_stays_in_float32(causal: bool) -> None:
+    """Tokens in bfloat16 and a bias of up to 16 in float32, where bfloat16 would round it to sixteenths."""
+    qkv, offsets = packed_qkv((1, 111, 60), heads=5, size=16, dtype=torch.bfloat16)
+    table = relative_bias(5, 64, torch.float32).table * 4
+
+    def run(x: Tensor, table: Tensor, backend: str = "reference") -> Tensor:
+        bias = RelativeBias(table)
+        return attention(*x.unbind(1), offsets, scale=0.25, causal=causal, bias=bias, max_length=111, backend=backend)
+
+    def error(found: Tensor) -> Tensor:
+        return (found - run(qkv.double(), table.double())).square().mean().sqrt()
+
+    # The noise floor is the formula's own error in bfloat16; twice that is allowed, and less than a rounded bias costs.
+    allowed = 2 * error(run(qkv, table))
+    assert error(run(qkv, table, "segments")) <= allowed < error(run(qkv.double(), table.bfloat16().double()))
+
+
+class LargestStorage(TorchDispatchMode):
+    """Remembers the largest piece of memory, in bytes, behind anything that an operator gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = call(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bias_of_quadratic_size(causal: bool, dtype: torch.dtype) -> None:
+    """Neither a bias nor a mask nor a map of ``t x t`` numbers is made. The dense backend makes one, and is seen."""
+    length = 700
+    qkv, offsets = packed_qkv((length, length, 20), heads=2, size=8, dtype=dtype)
+    bias = relative_bias(2, 128, torch.float32)
+    how = {"scale": 1, "causal": causal, "bias": bias, "max_length": length}
+    with torch.no_grad(), LargestStorage() as largest:
+        attention(*qkv.unbind(1), offsets, **how, backend="segments")
+    assert largest.bytes < length * length  # not even one byte for each pair of tokens
+    with torch.no_grad(), LargestStorage() as largest:
+        attention(*qkv.unbind(1), offsets, **how, backend="dense")
+    assert largest.bytes >= 2 * length * length
+
+
+def test_wrong_arguments_of_attention_to_another_batch() -> None:
+    q, k, v, offsets, key_offsets = cross_qkv((6, 9), (5, 3), torch.float32)
+    there = {"key_offsets": key_offsets, "max_key_length": 5}
+    for wrong in ({"causal": True}, {"bias": relative_bias(3, 4, torch.float32)}, {"max_key_length": None}):
+        with pytest.raises(ValueError, match="with key_offsets give max_key_length as well, and neither causal nor"):
+            attention(q, k, v, offsets, scale=1, max_length=9, **there | wrong)
+    with pytest.raises(
+        ValueError, match=r"without key_offsets q, k and v must share one shape.*\[15, 3, 24\], \[8, 3,"
+    ):
+        attention(q, k, v, offsets, scale=1, max_length=9)
+    with pytest.raises(ValueError, match="q must be"):
+        attention(q, k, v[:-1], offsets, scale=1, max_length=9, **there)
+    with pytest.raises(ValueError, match="q must be"):
+        attention(q[:, :2], k, v, offsets, scale=1, max_length=9, **there)
+    with pytest.raises(ValueError, match="2 sequences of q and 1 of k and v"):
+        attention(q, k, v, offsets, scale=1, max_length=9, **there | {"key_offsets": key_offsets[:2]})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

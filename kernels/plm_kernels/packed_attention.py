@@ -53,7 +53,7 @@ def attention(
         offsets: ``[b + 1]`` int32, where each sequence starts, and ``n`` at the end.
         scale: factor on ``q k^T``. No default: T5 wants 1, others ``d ** -0.5``.
         causal: a token sees itself and the tokens before it only.
-        bias: added to the scaled logits, in float32.
+        bias: added to the scaled logits, in float32 at least (the dense backend rounds it to q's dtype).
         max_length: length of the longest sequence, known on the host so that no device is asked for it.
         key_offsets, max_key_length: the same of another packed batch, to whose sequences those of q attend one by one
             (an encoder's, say). Neither causal nor with a bias: positions of two batches have no common zero.
@@ -71,6 +71,8 @@ def attention(
             raise ValueError(f"without key_offsets q, k and v must share one shape [n, h, d]; {shapes}")
     elif causal or bias is not None or max_key_length is None:
         raise ValueError("with key_offsets give max_key_length as well, and neither causal nor a bias")
+    if len(offsets) != len(key_offsets):
+        raise ValueError(f"{len(offsets) - 1} sequences of q and {len(key_offsets) - 1} of k and v; one each is needed")
     assert max_key_length is not None
     if backend == "auto":
         backend = choose_backend(q, bias)
@@ -164,6 +166,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     queries, real = _padded(q, how.offsets, how.max_length)
     keys, seen = _padded(k, how.key_offsets, how.max_key_length)
     values, _ = _padded(v, how.key_offsets, how.max_key_length)
+    if (found := int(seen.sum())) != len(k):
+        raise ValueError(f"offsets up to {how.max_key_length} per sequence cover {found} keys; k has {len(k)}")
     # Rows of padding see every real key, so that no row is masked whole (that would be 0 / 0); they are dropped below.
     mask = seen[:, None, None, :]
     if how.causal:

@@ -314,6 +314,8 @@ class T5(nn.Module):
     def step(self, tokens: Tensor, state: "Decoding") -> Tensor:
         """The newest token of each text ``[r]`` in, logits of the next ``[r, v]`` out. ``state`` remembers the rest."""
         stack = self.need_decoder()
+        if state.cache.length == state.cache.capacity:
+            raise ValueError(f"the cache is full: it was begun with room for {state.cache.capacity} tokens")
         x = self.embed(tokens)
         bias = state.bias[:, state.cache.capacity - 1 - state.cache.length :]
         for layer, block in enumerate(stack):
@@ -338,7 +340,7 @@ class Decoding:
     bias: Tensor
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows ``[r]``: prompt by prompt, as they were."""
+        """Go on with these rows ``[r]``: prompt by prompt, as they were. In inference mode if it began there."""
         self.cache.keep(rows)
         self.memory.keep(rows)
 

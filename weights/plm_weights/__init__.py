@@ -2,7 +2,7 @@
 
 from plm_weights.errors import CheckpointError, DownloadError, KeyMapError, UnknownModelError
 from plm_weights.keymap import Drop, KeyMap, Row, Tied, check, explain, export_weights, import_weights
-from plm_weights.read import TensorSource, open_tensors, read_fair_esm, write_fair_esm, write_safetensors
+from plm_weights.read import TensorSource, open_tensors, read_fair_esm, write_fair_esm, write_safetensors, write_torch
 
 __all__ = [
     "CheckpointError",
@@ -22,4 +22,5 @@ __all__ = [
     "read_fair_esm",
     "write_fair_esm",
     "write_safetensors",
+    "write_torch",
 ]

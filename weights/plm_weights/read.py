@@ -179,28 +179,48 @@ def write_safetensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    beside: Mapping[str, str] | None = None,
+    beside: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Write a safetensors file, and small text files ``beside`` it by name: either all are whole or none is there.
+    """Write a safetensors file, and small files ``beside`` it by name: either all are whole or none is there.
 
     A tensor with two names is written twice.
 
     Raises: OSError naming the files.
     """
-    path, texts = Path(path), beside or {}
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         whole = tensor.detach().contiguous()
         separate[name] = whole.clone() if whole.data_ptr() in seen else whole
         seen.add(whole.data_ptr())
-    with _replacing(*map(path.with_name, texts), path) as temporaries:
-        for text, temporary in zip(texts.values(), temporaries[:-1], strict=True):
-            temporary.write_text(text)
-        temporaries[-1].touch()
-        mode = temporaries[-1].stat().st_mode
-        save_file(separate, temporaries[-1], dict(metadata))
-        temporaries[-1].chmod(mode)  # safetensors makes files that nobody but their owner can read
+
+    def save(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(separate, temporary, dict(metadata))
+        temporary.chmod(mode)  # safetensors makes files that nobody but their owner can read
+
+    _write(Path(path), save, beside or {})
+
+
+def write_torch(
+    path: str | Path, tensors: Mapping[str, Tensor], beside: Mapping[str, str | bytes] | None = None
+) -> None:
+    """Write a ``torch.save`` file, and small files ``beside`` it by name: either all are whole or none is there.
+
+    A tensor with two names is written once, under both.
+
+    Raises: OSError naming the files.
+    """
+    content = {name: tensor.detach() for name, tensor in tensors.items()}
+    _write(Path(path), lambda temporary: _save(content, temporary), beside or {})
+
+
+def _write(path: Path, save: Callable[[Path], None], beside: Mapping[str, str | bytes]) -> None:
+    with _replacing(*map(path.with_name, beside), path) as temporaries:
+        for content, temporary in zip(beside.values(), temporaries[:-1], strict=True):
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        save(temporaries[-1])
 
 
 def write_fair_esm(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

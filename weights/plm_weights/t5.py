@@ -129,9 +129,11 @@ def hub_config(settings: Mapping[str, object], meta: Mapping[str, Tensor]) -> di
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"feed_forward_proj is {activation!r}; only {', '.join(ACTIVATIONS)} are supported")
     layers = read_size(settings, "num_layers")
-    tied = read_value(settings, "tie_word_embeddings", bool, True)
+    # transformers 5 writes tie_word_embeddings true into every T5, and what used to stand there under another name.
+    tied = read_value(settings, "scale_decoder_outputs", bool, read_value(settings, "tie_word_embeddings", bool, True))
     prefix = _prefix(meta) or ""
-    has_decoder = f"{prefix}decoder.final_layer_norm.weight" in meta
+    whole = settings.get("architectures") != ["T5EncoderModel"]
+    has_decoder = whole and any(name.startswith(f"{prefix}decoder.block.") for name in meta)
     if has_decoder and not tied and f"{prefix}lm_head.weight" not in meta:
         raise CheckpointError("tie_word_embeddings is false in the configuration, but there is no lm_head.weight")
     return {
