@@ -1,16 +1,54 @@
-"""What the tests of the command line share: inputs, what a run printed, and what it left behind."""
+"""What the tests of the command line share: inputs, tiny models, what a run printed, and what it left behind."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+from plm.models.bert import BERT
+from plm.models.bert import Config as BertConfig
+from plm.models.t5 import T5
+from plm.models.t5 import Config as T5Config
+from plm_weights import write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "esm"
 ESM2, ESM1B = str(GOLDEN / "esm2_tiny"), str(GOLDEN / "esm1b_tiny")  # rotary; learned positions, at most 1,022 residues
 PROTEINS = {"P1": "MKTAYIAKQRQISFVKSHFSRQ", "P2": "M", "P3": "MXBUZO" + "ACDEFGHIKLNPQRSTVWY" * 3}
 SEQUENCE = PROTEINS["P1"]
 FASTA = "".join(f">{id} a header\n{sequence}\n" for id, sequence in PROTEINS.items())
+
+
+# The size of its vocabulary tells what a T5 is.
+ANKH, ANKH3, PROTT5, PROSTT5 = 144, 256, 128, 150
+HEAVY, LIGHT = "EVQLVESGGGLVQPGG", "DIQMTQSPS"
+
+
+def save_tiny_t5(folder: Path, vocabulary: int, *, decoder_layers: int = 2) -> str:
+    """A random T5 in this library's own form."""
+    config = T5Config(vocabulary, 2, decoder_layers, 16, 2, 8, 32, "gated-silu", 64, 128, 1e-6, tied=False)
+    return save(folder, T5(config), "t5", asdict(config))
+
+
+def save_tiny_bert(folder: Path, *, positions: int = 64) -> str:
+    """A random BERT in this library's own form."""
+    config = BertConfig(30, 2, 16, 2, 32, positions, 2)
+    return save(folder, BERT(config), "bert", asdict(config))
+
+
+def save(folder: Path, net: torch.nn.Module, family: str, config: dict[str, object]) -> str:
+    random = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.ones_like(tensor) if "norm.weight" in name else torch.randn(tensor.shape, generator=random) / 4
+        for name, tensor in net.state_dict().items()
+    }
+    settings = json.dumps({"format": "plm", "family": family, "config": config})
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", state, {"format": "pt"}, beside={"config.json": settings})
+    return str(folder)
 
 
 class Result(NamedTuple):

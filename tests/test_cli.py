@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -16,7 +17,8 @@ from command_line import ESM2, PROTEINS, SEQUENCE, Plm, no_model_is_loaded, outp
 from safetensors.torch import load_file
 
 import plm
-from plm.cli import contacts, convert, embed, options
+from plm.cli import contacts, convert, embed, generate, options, score
+from plm.cli.table import table
 from plm.outputs import FORMATS, read_embeddings
 
 # -- help and usage: exit 2
@@ -27,12 +29,13 @@ def test_help_and_usage_errors_come_without_torch() -> None:
     program = """
 import sys
 from plm.cli import main
-verbs = ("models", "embed", "contacts", "convert", "verify", "doctor")
-assert [main([verb, "--help"]) for verb in verbs] == [0] * 6
+verbs = ("models", "embed", "contacts", "score", "generate", "convert", "verify", "doctor")
+assert [main([verb, "--help"]) for verb in verbs] == [0] * 8
 assert main(["--help"]) == main(["--version"]) == 0
 assert [main(["nonsense"]), main(["embed", "MKT"]), main(["embed", "MKT", "-m", "x", "--dtype", "int8"])] == [2] * 3
 assert main(["embed", "MKT", "-m", "x"]) == main(["contacts", "MKT", "-m", "x"]) == 2
-assert main(["embed", "no/such.fasta", "-m", "x", "--pool", "mean"]) == 4
+assert main(["score", "MKT"]) == main(["generate", "MKT", "-m", "x", "--top-p", "2"]) == 2
+assert main(["embed", "no/such.fasta", "-m", "x", "--pool", "mean"]) == main(["generate", "no/such", "-m", "x"]) == 4
 assert not {"torch", "numpy", "huggingface_hub"} & set(sys.modules), "imported too early"
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -43,17 +46,21 @@ def test_written_out_choices_are_those_of_the_library() -> None:
     from plm.conversion import Form
     from plm.embedding import Pool
     from plm.loading import DTYPES
+    from plm.outputs.rows import LAYOUTS
     from plm.outputs.writer import DTYPES as STORED
+    from plm.scoring import How
 
-    command_modules = {name: sys.modules[f"plm.cli.{name}"] for name in ("embed", "convert")}
+    command_modules = {name: sys.modules[f"plm.cli.{name}"] for name in ("embed", "score", "generate", "convert")}
     assert command_modules["embed"].FORMATS == FORMATS
     assert set(command_modules["embed"].STORED) == set(STORED)
     assert (*get_args(Pool), "none") == command_modules["embed"].POOLS
+    assert get_args(How) == command_modules["score"].HOW
+    assert set(command_modules["score"].FORMATS) < set(LAYOUTS) == set(command_modules["generate"].FORMATS)
     assert get_args(Form) == command_modules["convert"].FORMS
     assert ("auto", *DTYPES) == options.DTYPES
 
 
-@pytest.mark.parametrize("command", [embed, contacts, convert], ids=lambda command: command.name)
+@pytest.mark.parametrize("command", [embed, contacts, score, generate, convert], ids=lambda command: command.name)
 def test_every_option_has_help(command: click.Command) -> None:
     assert [option.name for option in command.params if isinstance(option, click.Option) and not option.help] == []
 
@@ -142,12 +149,20 @@ def test_what_contacts_cannot_write(run: Plm, fasta: str, tmp_path: Path, monkey
 def test_models(run: Plm) -> None:
     code, out, err = run("models")
     head, *lines = out.splitlines()
-    assert (code, err) == (0, "") and head.split() == ["NAME", "FAMILY", "PARAMETERS", "LICENCE", "HERE", "SOURCE"]
-    assert [line.split()[0] for line in lines] == [row.name for row in plm.available()]
+    assert (code, err) == (0, "") and head.split() == ["NAME", "FAMILY", "PARAMETERS", "LICENCE", "HERE", "NOTE"]
+    assert [line.split()[0] for line in lines if line[0] != " "] == [row.name for row in plm.available()]
+    assert max(map(len, lines)) <= 120
     rows = {row["name"]: row for row in json.loads(run("models", "--json").out)}
     assert list(rows) == [row.name for row in plm.available()]
     row = rows["esm2-8m"]
     assert (row["parameters"], row["licence"], row["source"]) == (7_512_353, "MIT", "facebook/esm2_t6_8M_UR50D")
+    assert (rows["igbert"]["pairs"], rows["igbert-unpaired"]["pairs"]) == (True, False)
+
+
+def test_a_table_keeps_all_words_within_its_width() -> None:
+    lines = [("NAME", "NOTE"), ("a", "one two three four-five"), ("bcd", "")]
+    assert table(lines, 15) == "NAME  NOTE\na     one two\n      three\n      four-five\nbcd"
+    assert table(lines) == "NAME  NOTE\na     one two three four-five\nbcd"
 
 
 def test_models_says_what_is_on_this_machine(run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +182,9 @@ def test_models_says_what_is_on_this_machine(run: Plm, tmp_path: Path, monkeypat
 
 def test_convert_and_use_the_result(run: Plm, model: plm.Model) -> None:
     code, out, _ = run("convert", ESM2, "own", "--json")
-    assert code == 0 and json.loads(out)["files"] == ["own/config.json", "own/model.safetensors"]
+    written = sorted(str(file) for file in Path("own").iterdir())
+    assert code == 0 and sorted(json.loads(out)["files"]) == written
+    assert {"own/config.json", "own/model.safetensors"} <= set(written)
     assert run("convert", "own", "esm2_back.pt", "--to", "original").out == ""
     assert run("embed", SEQUENCE, "-m", "esm2_back.pt", "-o", "out.npz").code == 0
     np.testing.assert_array_equal(read_embeddings("out.npz").arrays[0], plm.embed(model, SEQUENCE)[0].numpy())
@@ -207,6 +224,22 @@ def test_verify(run: Plm, monkeypatch: pytest.MonkeyPatch, passed: bool, code: i
     assert asked == expected | {"device": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
     result = run("verify", ESM2, "--json")
     assert result.code == code and json.loads(result.out) == {"passed": passed}
+
+
+def test_verify_says_what_loading_says(run: Plm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the licence a note; of float16, which some models do not take, a usage error."""
+
+    def verify(source: str, *, dtype: str, **options: Any) -> SimpleNamespace:
+        if dtype == "float16":
+            raise ValueError("dtype float16 cannot be used")
+        warnings.warn("not for sale", plm.LicenceNotice, stacklevel=2)
+        return SimpleNamespace(passed=True)
+
+    monkeypatch.setattr(plm, "verify", verify, raising=False)
+    assert run("verify", ESM2).err == "Note: not for sale\n"
+    assert run("verify", ESM2, "--quiet").err == ""
+    code, _, err = run("verify", ESM2, "--dtype", "float16")
+    assert code == 2 and "Invalid value for --dtype: dtype float16 cannot be used" in err
 
 
 def test_doctor(run: Plm) -> None:

@@ -57,6 +57,8 @@ def test_provenance_says_how_each_number_came_about(run: Plm, fasta: str, tmp_pa
         "sequences": 3,
         "layer": 3,
         "pooling": "max",
+        "per_chain": False,
+        "task": None,
         "stored": "float16",
     }
 

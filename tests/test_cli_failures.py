@@ -25,7 +25,9 @@ BAD_INPUTS = {
     "no header": (b"MKTAY\n", "header"),
     "torn archive": (gzip.compress(FASTA.encode())[:-9], "archive"),
     "unknown letter": (b">a\nMK\n>b\nMKJ\n", "in.fasta: line 3, record 2 'b': character 'J' at position 3"),
-    "two chains": (b">a\nMK\n>b\nMK|MT\n", "in.fasta: line 3, record 2 'b': character '|' at position 3"),
+    "two chains": (b">a\nMK|MT\n", "in.fasta: line 1, record 1 'a': character '|' at position 3"),
+    "pairs and single chains": (b">a\nMK\n>b\nMK|MT\n>c\nMT\n", "in.fasta: line 3, record 2 'b': a pair among"),
+    "a prompt": (b">a\nMK_MT\n", "in.fasta: line 2, record 1 'a': '_' at position 3"),
     "repeated id": (b">a\nMK\n>a\nMT\n", "used before"),
 }
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import ANKH, ESM2, save_tiny_t5
 
-MODEL = Path(__file__).parent / "golden" / "esm" / "esm2_tiny"
 # A shell that runs tests in the background lets its children ignore SIGINT: undo that.
 PROGRAM = """
 import signal, sys
@@ -19,9 +19,9 @@ sys.exit(main())
 """
 
 
-def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
+def start(folder: Path, *argv: str, model: str = ESM2) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, *argv, "-m", str(MODEL)]
+    command = [sys.executable, "-c", PROGRAM, *argv, "-m", model]
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -33,17 +33,31 @@ def long_input(folder: Path) -> str:
     return "in.fasta"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_it_writes(tmp_path: Path, number: signal.Signals) -> None:
-    process = start(tmp_path, "embed", long_input(tmp_path), "-o", "out.npz")
+def interrupt(process: subprocess.Popen[str], folder: Path, number: signal.Signals) -> tuple[str, str]:
+    """Send the signal once the output has been begun; what was printed."""
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".plm-*.part")):  # the output has been begun
+    while not list(folder.glob(".plm-*.part")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    return process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_writes(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, "embed", long_input(tmp_path), "-o", "out.npz")
+    out, err = interrupt(process, tmp_path, number)
     assert (process.returncode, out, err) == (130, "", "Error: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_sequences_are_written(tmp_path: Path, number: signal.Signals) -> None:
+    model = save_tiny_t5(tmp_path / "ankh_tiny", ANKH)
+    process = start(tmp_path, "generate", long_input(tmp_path), "-o", "out.fasta", "-q", model=model)
+    out, err = interrupt(process, tmp_path, number)
+    assert (process.returncode, out, err) == (130, "", "Error: interrupted\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ankh_tiny", "in.fasta"]
 
 
 def test_reader_has_gone(tmp_path: Path) -> None:

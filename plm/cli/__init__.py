@@ -17,7 +17,9 @@ from plm.cli.convert import convert
 from plm.cli.doctor import doctor
 from plm.cli.embed import embed
 from plm.cli.errors import Code, code_of, message_of
+from plm.cli.generate import generate
 from plm.cli.models import models
+from plm.cli.score import score
 from plm.cli.verify import verify
 
 EPILOG = """\b
@@ -30,10 +32,10 @@ Exit codes: 0 all done, 2 usage, 3 some sequences failed (each is listed),
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(plm.__version__)
 def cli() -> None:
-    """Protein language models: embeddings, contact maps and more from published checkpoints."""
+    """Protein language models: embeddings, scores, new sequences and more from published checkpoints."""
 
 
-for command in (models, embed, contacts, convert, verify, doctor):
+for command in (models, embed, contacts, score, generate, convert, verify, doctor):
     cli.add_command(command)
 
 

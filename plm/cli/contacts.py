@@ -32,12 +32,11 @@ def contacts(job: Job, layout: str | None) -> int:
       plm contacts proteins.fasta -m esm2-650m -o maps.npz
       plm contacts MKTAYIAKQRQISFVKSHFSRQ -m esm2-8m -o map.png
     """
-    output = job.output or "-"
-    if output == "-":
+    if job.output == "-":
         raise click.UsageError("contact maps need a file: add -o maps.npz, or -o map.png to draw one.")
-    layout = layout or output.rpartition(".")[2].lower()
+    layout = layout or job.output.rpartition(".")[2].lower()
     if layout not in FORMATS:
-        raise click.UsageError(f"{output}: name it .npz, .safetensors or .png, or choose with --format.")
+        raise click.UsageError(f"{job.output}: name it .npz, .safetensors or .png, or choose with --format.")
     reading = job.read()
     if layout == "png" and len(reading.records) != 1:
         raise click.UsageError(f"a PNG shows one protein, the input has {len(reading.records):,}: write .npz.")
@@ -49,7 +48,7 @@ def contacts(job: Job, layout: str | None) -> int:
 
     def open_output(reading: "Reading", provenance: Mapping[str, object]) -> "Writer":
         return open_maps(
-            output,
+            job.output,
             LAYOUTS.get(layout, DrawnMap),
             ids=reading.ids,
             lengths=reading.lengths,
@@ -64,4 +63,5 @@ def contacts(job: Job, layout: str | None) -> int:
         results = contact_rows(model, rows, max_tokens=job.max_tokens)
     except ValueError as error:  # the input is good, the model has no contact head
         raise CheckpointError(str(error)) from None
-    return job.write(model, reading, open_output(reading, job.provenance(model, reading)), results)
+    writer = open_output(reading, job.provenance(model, reading))
+    return job.report(model, reading, job.write(reading, writer, results, writer.write))

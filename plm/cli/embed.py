@@ -1,14 +1,18 @@
 """``plm embed``: a vector per residue or per protein."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
-from plm.cli.job import Job
-from plm.cli.options import takes_sequences
+from plm.cli import options
+from plm.cli.errors import usage
+from plm.cli.job import Job, choose_task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from plm.embedding import Pool
     from plm.outputs import Writer
     from plm.sequences import Reading
@@ -20,41 +24,49 @@ POOLS = ("mean", "max", "cls", "card", "none")
 
 
 @click.command()
-@takes_sequences(
-    click.option("--pool", type=click.Choice(POOLS), default="none", show_default=True, help="One vector per protein."),
+@options.takes_sequences(
+    click.option(
+        "--pool",
+        type=click.Choice(POOLS),
+        default="none",
+        show_default=True,
+        help="One vector per protein; card counts what is between two chains as a residue, as IgBert's card does.",
+    ),
+    click.option("--per-chain", is_flag=True, help="Write the chains of a pair apart, as ID:heavy and ID:light."),
     click.option("--layer", type=int, default=-1, show_default=True, help="0 are the embeddings, -1 the last layer."),
+    options.task,
     click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix."),
     click.option("--store", type=click.Choice(STORED), default=STORED[0], show_default=True, help="What is written."),
 )
-def embed(job: Job, pool: str, layer: int, layout: str | None, store: str) -> int:
+def embed(job: Job, pool: str, per_chain: bool, layer: int, task: str | None, layout: str | None, store: str) -> int:
     """Turn proteins into vectors.
 
     One vector per residue, or one per protein with --pool.
 
     INPUT is a file of FASTA, CSV, TSV or one sequence per line (also .gz, .bz2, .xz), a sequence itself, or "-" for
-    stdin.
+    stdin. Antibodies are pairs of chains, HEAVY|LIGHT, or stand in two columns of a table.
 
     \b
       plm embed proteins.fasta.gz -m esm2-650m -o out.h5
-      plm embed proteins.fasta -m esm2-650m --pool mean -o out.parquet
+      plm embed proteins.fasta -m ankh3-large --pool mean -o out.parquet
+      plm embed pairs.csv --heavy-column vh --light-column vl -m igbert -o out.h5
       plm embed MKTAYIAKQRQISFVK -m plm-mini --pool mean
     """
     pooling: Pool | None = None if pool == "none" else pool  # type: ignore[assignment]  # click has checked it
-    output = job.output or "-"
-    if output == "-" and pooling is None:
+    if job.output == "-" and pooling is None:
         raise click.UsageError(
             "a vector per residue needs a file: add -o out.safetensors (or .npz, .h5), or --pool mean."
         )
-    if output == "-" and job.as_json:
-        raise click.UsageError("with --json the summary goes to stdout: give the embeddings a file with -o.")
-    reading = job.read()
+    job.keep_stdout_free("embeddings")
+    reading = job.read(task)
 
     def open_output(reading: "Reading", channels: int, layer: int, provenance: Mapping[str, object]) -> "Writer":
+        entries = by_chain(reading) if per_chain else reading
         return open_writer(
-            output,
-            format=layout or ("csv" if output == "-" else None),
-            ids=reading.ids,
-            lengths=reading.lengths,
+            job.output,
+            format=layout or ("csv" if job.output == "-" else None),
+            ids=entries.ids,
+            lengths=entries.lengths,
             channels=channels,
             dtype=store,
             pooled=pooling is not None,
@@ -63,7 +75,7 @@ def embed(job: Job, pool: str, layer: int, layout: str | None, store: str) -> in
             overwrite=job.overwrite,
         )
 
-    from plm.embedding import embed_rows, layer_number
+    from plm.embedding import embed_rows, layer_number, split_chains
     from plm.outputs import LayoutError, open_writer
 
     try:
@@ -71,12 +83,30 @@ def embed(job: Job, pool: str, layer: int, layout: str | None, store: str) -> in
     except LayoutError as error:
         raise click.UsageError(str(error)) from None
     model = job.load()
-    try:
+    with usage("--layer"):
         number = layer_number(model, layer)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--layer") from None
-    reading, rows = job.encode(model, reading)
-    provenance = {**job.provenance(model, reading), "layer": number, "pooling": pooling, "stored": store}
-    writer = open_output(reading, model.net.config.channels, number, provenance)
-    results = embed_rows(model, rows, layer=number, pool=pooling, max_tokens=job.max_tokens)
-    return job.write(model, reading, writer, results)
+    task = choose_task(model, task)
+    reading, rows = job.encode(model, reading, task)
+    about = {"layer": number, "pooling": pooling, "per_chain": per_chain, "task": task, "stored": store}
+    writer = open_output(reading, model.net.config.channels, number, {**job.provenance(model, reading), **about})
+    with usage("--pool"):
+        results = embed_rows(
+            model, rows, layer=number, pool=pooling, task=task, per_chain=per_chain, max_tokens=job.max_tokens
+        )
+
+    def put_chains(index: int, result: "Tensor") -> None:
+        chains = split_chains(model, result, rows[index], pooling)
+        for i, chain in enumerate(chains):
+            writer.write(index * len(chains) + i, chain)  # the reader has made sure that all have as many
+
+    return job.report(model, reading, job.write(reading, writer, results, put_chains if per_chain else writer.write))
+
+
+def by_chain(reading: "Reading") -> "Reading":
+    """Every chain of a pair as a record of its own. Single chains stay what they are."""
+    records = [
+        replace(record, id=f"{record.id}:{name}", sequence=chain) if len(record.chains) == 2 else record
+        for record in reading.records
+        for name, chain in zip(("heavy", "light"), record.chains, strict=False)
+    ]
+    return replace(reading, records=records)

@@ -1,6 +1,10 @@
 """Exit codes, and which error ends in which."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+
+import click
 
 
 class Code(IntEnum):
@@ -35,6 +39,22 @@ def code_of(error: BaseException) -> Code | None:
 
         return Code.BAD_MODEL if isinstance(error, CheckpointError) else Code.BAD_INPUT
     return None
+
+
+@contextmanager
+def usage(option: str | None = None) -> Iterator[None]:
+    """Turn what the library says of a setting into a usage error, which names the option.
+
+    What it says of sequences and of checkpoints stays what it is.
+    """
+    from plm.sequences import InputError
+
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, InputError) or code_of(error) is not Code.BAD_INPUT:
+            raise
+        raise (click.BadParameter(str(error), param_hint=option) if option else click.UsageError(str(error))) from None
 
 
 def message_of(error: BaseException) -> str:

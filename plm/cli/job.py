@@ -8,25 +8,25 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import plm
-from plm.cli.errors import Code
+from plm.cli.errors import Code, usage
+from plm.cli.loading import note, usable_device, while_loading
 from plm.sequences import Duplicates, InputError, Naming, OnStop, Reading, read_records
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from plm.loading import Model, Origin, WeightFile
-    from plm.outputs import Writer
+    from plm.outputs import Output
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
 
     input: str
     model: str
-    output: str | None
+    output: str
     overwrite: bool
     device: str
     dtype: str
@@ -44,6 +44,8 @@ class Job:
     revision: str | None
     offline: bool
     column: str | None
+    heavy_column: str | None
+    light_column: str | None
     id_column: str | None
     naming: Naming
     on_stop: OnStop
@@ -54,56 +56,75 @@ class Job:
     quiet: bool
     as_json: bool
 
-    def read(self) -> Reading:
-        """Read the input, and say on stderr what was changed in it. Raises: InputError; click.UsageError."""
-        if self.output and _is_same_file(self.input, self.output):
+    def read(self, task: str | None = None, *, prompts: bool = False) -> Reading:
+        """Read the input, and say on stderr what was changed in it.
+
+        3Di states, which ProstT5's task "fold2aa" takes, are brought to lower case.
+
+        Raises: InputError; click.UsageError.
+        """
+        if self.output != "-" and _is_same_file(self.input, self.output):
             raise click.UsageError(f"{self.output} is the input; --overwrite would destroy it. Choose another output.")
         reading = read_records(
             self.input,
             column=self.column,
+            heavy_column=self.heavy_column,
+            light_column=self.light_column,
             id_column=self.id_column,
+            case="lower" if task == "fold2aa" else "upper",
+            prompts=prompts,
             on_stop=self.on_stop,
             strip_gaps=self.strip_gaps,
             duplicates=self.duplicates,
             empty="skip" if self.skip_empty else "error",
             id=self.naming,
         )
-        if not self.quiet:
-            for change in reading.changes:
-                click.echo(f"Note: {change}", err=True)
+        self._note(*reading.changes)
         return reading
 
-    def load(self) -> "Model":
-        """Load the model. Raises: click.BadParameter for the device; CheckpointError."""
-        import torch
+    def keep_stdout_free(self, what: str) -> None:
+        """Raises: click.UsageError if both the data and the summary would go to stdout."""
+        if self.output == "-" and self.as_json:
+            raise click.UsageError(f"with --json the summary goes to stdout: give the {what} a file with -o.")
 
+    def load(self) -> "Model":
+        """Load the model. Raises: click.BadParameter for the device or the dtype; CheckpointError."""
         from plm.loading import load
 
         device = usable_device(self.device)
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
-        return load(self.model, device=device, dtype=self.dtype, revision=self.revision, offline=self.offline)
+        with while_loading(self.dtype, self.quiet):
+            return load(self.model, device=device, dtype=self.dtype, revision=self.revision, offline=self.offline)
 
-    def encode(self, model: "Model", reading: Reading) -> tuple[Reading, list[bytes]]:
+    def encode(self, model: "Model", reading: Reading, task: str | None = None) -> tuple[Reading, list[bytes]]:
         """The records that the model works on, and for each its residues as the model numbers them.
 
         Raises: InputError with all that the model does not take, and where that is in the input.
         """
         from plm.running import encode
 
+        return self.prepare(model, reading, task, lambda sequences: encode(model, sequences, task=task))
+
+    def prepare(
+        self, model: "Model", reading: Reading, task: str | None, each: Callable[[list[str]], list[T]]
+    ) -> tuple[Reading, list[T]]:
+        """`encode`, with what ``each`` makes of the sequences in place of the residues."""
         records, limit = reading.records, model.net.config.max_length
         try:
-            return reading, encode(model, [record.sequence for record in records])
+            prepared = each([record.sequence for record in records])
         except InputError as error:
             found = [(records[fault.record - 1], fault) for fault in error.faults]
+        else:
+            return self._with_rare_letters(reading, model.tokenizer.rare), prepared
         faults = [replace(fault, line=record.line, record=record.number, id=record.id) for record, fault in found]
         skipped = set()
         if limit is not None and self.too_long == "skip":
-            skipped = {record.number for record, _ in found if record.length > limit - 2}
+            frame = sum(map(len, model.tokenizer.frame(task)))
+            tokens = {record.number: record.length + len(record.chains) - 1 + frame for record, _ in found}
+            skipped = {number for number, count in tokens.items() if count > limit}
         if errors := [fault for fault in faults if fault.record not in skipped]:
             raise InputError(reading.source, errors)
         rest = [record for record in records if record.number not in skipped]
-        return self.encode(model, replace(reading, records=rest, failed=[*reading.failed, *faults]))
+        return self.prepare(model, replace(reading, records=rest, failed=[*reading.failed, *faults]), task, each)
 
     def provenance(self, model: "Model", reading: Reading) -> dict[str, Any]:
         """What goes into every output: how each number in it came about."""
@@ -129,9 +150,12 @@ class Job:
         }
 
     def write(
-        self, model: "Model", reading: Reading, writer: "Writer", results: Iterable[tuple[int, "Tensor"]]
-    ) -> Code:
-        """Write results while they come, then report. With no sequence left, no output is made."""
+        self, reading: Reading, output: "Output", results: Iterable[tuple[int, T]], put: Callable[[int, T], None]
+    ) -> float:
+        """``put`` results into the output while they come. With no sequence left, no output is made.
+
+        Returns: seconds that it took.
+        """
         from tqdm import tqdm
 
         start = perf_counter()
@@ -146,24 +170,32 @@ class Job:
                 dynamic_ncols=True,
                 disable=self.quiet or not sys.stderr.isatty(),
             )
-            with bar, writer:
+            with bar, output:
                 for index, result in results:
-                    writer.write(index, result)
+                    put(index, result)
                     bar.update(reading.records[index].length)
-        self._report(model, reading, perf_counter() - start)
-        return Code.SOME_FAILED if reading.failed else Code.DONE
+        return perf_counter() - start
 
-    def _report(self, model: "Model", reading: Reading, seconds: float) -> None:
+    def report(
+        self,
+        model: "Model",
+        reading: Reading,
+        seconds: float,
+        counts: Mapping[str, int] | None = None,
+        seed: int | None = None,
+    ) -> Code:
+        """Say what was done, and what failed. ``counts`` tells how much of what; the speed is in the last of these."""
         for fault in reading.failed:
             click.echo(f"Failed: {fault}", err=True)
-        origin, proteins, residues = model.checkpoint, len(reading.records), sum(reading.lengths)
-        speed, output = residues / max(seconds, 1e-9), self.output if proteins else None
+        counts = counts or {"proteins": len(reading.records), "residues": sum(reading.lengths)}
+        unit, amount = list(counts.items())[-1]
+        origin, speed = model.checkpoint, amount / max(seconds, 1e-9)
+        output = self.output if reading.records else None
         if self.as_json:
             summary = {
-                "proteins": proteins,
-                "residues": residues,
+                **counts,
                 "seconds": round(seconds, 3),
-                "residues_per_second": round(speed, 1),
+                f"{unit}_per_second": round(speed, 1),
                 "device": str(model.device),
                 "dtype": _name(model.dtype),
                 "model": origin.name,
@@ -172,24 +204,37 @@ class Job:
                 "changes": reading.changes,
                 "failed": [{"id": fault.id, "reason": str(fault)} for fault in reading.failed],
             }
-            click.echo(json.dumps(summary))
+            click.echo(json.dumps(summary if seed is None else summary | {"seed": seed}))
         if not self.quiet:
             name = f"{origin.name}@{origin.revision[:8]}" if origin.revision else origin.name
-            done = f"{_count(proteins, 'protein')}, {_count(residues, 'residue')} in {seconds:.1f} s"
-            how = f"{speed:,.0f} residues/s on {model.device} in {_name(model.dtype)} with {name}"
+            done = f"{', '.join(_count(*item) for item in counts.items())} in {seconds:.1f} s"
+            how = f"{speed:,.0f} {unit}/s on {model.device} in {_name(model.dtype)} with {name}"
+            drawn = f", seed {seed}" if seed is not None else ""
             where = f" -> {output}" if output not in (None, "-") else ""
             failed = f"; {len(reading.failed):,} failed" if reading.failed else ""
-            click.echo(f"{done}, {how}{where}{failed}", err=True)
+            click.echo(f"{done}, {how}{drawn}{where}{failed}", err=True)
+        return Code.SOME_FAILED if reading.failed else Code.DONE
+
+    def _with_rare_letters(self, reading: Reading, rare: str) -> Reading:
+        """The reading, with a word on the letters that have tokens but were never trained."""
+        count = sum(record.sequence.count(letter) for record in reading.records for letter in rare)
+        if not count:
+            return reading
+        change = f"{_count('letters', count)} {', '.join(rare[:-1])} or {rare[-1]} read as X, as the model's authors do"
+        self._note(change)
+        return replace(reading, changes=[*reading.changes, change])
+
+    def _note(self, *changes: str) -> None:
+        for change in changes if not self.quiet else ():
+            note(change)
 
 
-def usable_device(name: str) -> "torch.device":
-    """The device of a name. Raises: click.BadParameter if this machine does not have it."""
-    from plm.loading import choose_device
+def choose_task(model: "Model", task: str | None) -> str | None:
+    """As `plm.running.choose_task`. Raises: click.BadParameter if the model has no such task."""
+    from plm import running
 
-    try:
-        return choose_device(name)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--device") from None
+    with usage("--task"):
+        return running.choose_task(model, task)
 
 
 def _hashes(origin: "Origin") -> dict[str, str]:
@@ -210,8 +255,8 @@ def _is_same_file(one: str, other: str) -> bool:
         return False
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(what: str, number: int) -> str:
+    return f"{number:,} {what.removesuffix('s') if number == 1 else what}"
 
 
 def _name(dtype: object) -> str:

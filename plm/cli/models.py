@@ -12,7 +12,8 @@ from plm.cli.table import table
 if TYPE_CHECKING:
     from plm_weights.registry import Checkpoint
 
-HEAD = ("NAME", "FAMILY", "PARAMETERS", "LICENCE", "HERE", "SOURCE", "")
+HEAD = ("NAME", "FAMILY", "PARAMETERS", "LICENCE", "HERE", "NOTE")
+WIDTH = 120
 
 
 @click.command()
@@ -20,12 +21,12 @@ HEAD = ("NAME", "FAMILY", "PARAMETERS", "LICENCE", "HERE", "SOURCE", "")
 def models(as_json: bool) -> int:
     """List the models that are known by name.
 
-    A hub id (organisation/name), a folder or a file works as a model, too.
+    A hub id (organisation/name), a folder or a file works as a model, too. --json tells sources and citations.
     """
     from plm.loading import available
 
     rows = [describe(row) for row in available()]
-    click.echo(json.dumps(rows, indent=1) if as_json else table([HEAD, *map(line, rows)]))
+    click.echo(json.dumps(rows, indent=1) if as_json else table([HEAD, *map(line, rows)], WIDTH))
     return 0
 
 
@@ -41,6 +42,7 @@ def describe(row: "Checkpoint") -> dict[str, object]:
         "source": row.hub or "comes with plm",
         "revision": row.revision,
         "note": row.note,
+        "pairs": row.pairs,
         "here": is_here(row),
     }
 
@@ -49,14 +51,7 @@ def line(row: dict[str, object]) -> tuple[str, ...]:
     parameters = row["parameters"]
     count = f"{parameters / 1e6:,.1f} M" if isinstance(parameters, int) else "-"
     here = "yes" if row["here"] else "no"
-    return (
-        *(str(row[key]) for key in ("name", "family")),
-        count,
-        str(row["licence"]),
-        here,
-        str(row["source"]),
-        str(row["note"]),
-    )
+    return str(row["name"]), str(row["family"]), count, str(row["licence"]), here, str(row["note"])
 
 
 def is_here(row: "Checkpoint") -> bool:

@@ -48,11 +48,12 @@ revision = click.option("--revision", help="Commit or branch on the hub.")
 offline = click.option("--offline", is_flag=True, help="Use only what is on this machine.")
 quiet = click.option("-q", "--quiet", is_flag=True, callback=_hide_downloads, help="On stderr only what went wrong.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+task = click.option("--task", help="What the model is asked for: nlu, s2s (Ankh3), aa2fold, fold2aa (ProstT5), none.")
 
 _INPUT_AND_OUTPUT: tuple[Option, ...] = (
     click.argument("input"),
     model,
-    click.option("-o", "--output", help="File or folder; - is stdout."),
+    click.option("-o", "--output", default="-", help="File or folder; - is stdout, the default."),
     click.option("--overwrite", is_flag=True, help="Replace the output, once the new one is complete."),
 )
 _HOW: tuple[Option, ...] = (
@@ -60,11 +61,13 @@ _HOW: tuple[Option, ...] = (
     dtype,
     click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens per batch: memory, not results."),
     click.option(
-        "--seed", type=click.IntRange(0, 2**32 - 1), help="Kept in the output; this verb draws no random numbers."
+        "--seed", type=click.IntRange(0, 2**32 - 1), help="Of the samples that generate draws; kept in every output."
     ),
     revision,
     offline,
     click.option("--column", help="Column of a CSV or TSV that holds the sequences."),
+    click.option("--heavy-column", help="Column that holds the heavy chains of pairs; takes --light-column as well."),
+    click.option("--light-column", help="Column that holds their light chains."),
     click.option("--id-column", help="Column that holds their ids."),
     click.option(
         "--id",
@@ -89,7 +92,7 @@ _HOW: tuple[Option, ...] = (
         show_default=True,
         help="An id that comes again.",
     ),
-    click.option("--skip-empty", is_flag=True, help="Leave out records without residues."),
+    click.option("--skip-empty", is_flag=True, help="Leave out records without residues, and pairs without a chain."),
     click.option(
         "--too-long",
         type=click.Choice(("error", "skip")),

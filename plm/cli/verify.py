@@ -6,7 +6,7 @@ import click
 
 from plm.cli import options
 from plm.cli.errors import Code
-from plm.cli.job import usable_device
+from plm.cli.loading import usable_device, while_loading
 
 
 @click.command()
@@ -17,7 +17,7 @@ from plm.cli.job import usable_device
 )
 @options.revision
 @options.offline
-@options.quiet  # no bars while it downloads
+@options.quiet
 @options.as_json
 def verify(
     source: str, device: str, dtype: str, revision: str | None, offline: bool, quiet: bool, as_json: bool
@@ -30,6 +30,8 @@ def verify(
     """
     import plm
 
-    report = plm.verify(source, device=usable_device(device), dtype=dtype, revision=revision, offline=offline)
+    at = usable_device(device)
+    with while_loading(dtype, quiet):
+        report = plm.verify(source, device=at, dtype=dtype, revision=revision, offline=offline)
     click.echo(json.dumps(report.as_dict(), indent=1) if as_json else str(report))
     return Code.DONE if report.passed else Code.BAD_MODEL

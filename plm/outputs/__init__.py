@@ -23,13 +23,14 @@ from pathlib import Path
 from plm.outputs.esm_pt import EsmPtWriter, read_esm_pt
 from plm.outputs.hdf5 import BioH5Writer, H5Writer, read_h5
 from plm.outputs.npz import NpzWriter, read_npz
+from plm.outputs.output import Output
 from plm.outputs.packed import SafetensorsWriter, read_safetensors
 from plm.outputs.parquet import ParquetWriter, read_parquet
 from plm.outputs.target import FileTarget, FolderTarget, LayoutError, OutputError, StandardOutput, Target
 from plm.outputs.text import CsvWriter, JsonlWriter, TsvWriter, read_csv, read_jsonl, read_tsv
 from plm.outputs.writer import DTYPES, Contents, Embeddings, Writer
 
-__all__ = ["FORMATS", "Embeddings", "LayoutError", "OutputError", "Writer", "open_writer", "read_embeddings"]
+__all__ = ["FORMATS", "Embeddings", "LayoutError", "Output", "OutputError", "Writer", "open_writer", "read_embeddings"]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
-"""What all layouts share: what a file will hold, and the books over what has been written."""
+"""What all layouts of embeddings share: what a file will hold, and what may be written to it."""
 
 import importlib
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from plm.outputs.output import Output
 from plm.outputs.target import OutputError, Target, explained
 
 Array = NDArray[np.floating[Any]]
@@ -59,18 +59,14 @@ class Embeddings(NamedTuple):
     provenance: dict[str, Any]
 
 
-class Writer(ABC):
-    """Writes one output, whole or not at all. Use as a context manager, opened *before* the embeddings are computed.
-
-    Sequences may be written in any order, each exactly once. The target appears when the ``with`` block ends without an
-    error; after any exception (Ctrl-C among them) no trace is left and an existing target is as it was.
-    """
+class Writer(Output):
+    """An output of embeddings."""
 
     per_residue: ClassVar[bool] = True  # whether the layout can hold [length, c]
 
     def __init__(self, target: Target, contents: Contents) -> None:
-        self.target, self.contents = target, contents
-        self._written = np.zeros(len(contents.ids), dtype=bool)
+        super().__init__(target, contents.ids)
+        self.contents = contents
 
     def write(self, index: int, tensor: Tensor) -> None:
         """Write the embedding of sequence `index` (its place in `ids`): [length, c], or [c] if pooled; any float dtype.
@@ -80,9 +76,7 @@ class Writer(ABC):
             OutputError: the disk is full or gone.
         """
         contents = self.contents
-        if not 0 <= index < len(contents.ids) or self._written[index]:
-            state = "was written before" if 0 <= index < len(contents.ids) else f"is not in 0..{len(contents.ids) - 1}"
-            raise ValueError(f"sequence {index} {state}")
+        self._check_free(index)
         name, shape = f"sequence {index} {contents.ids[index]!r}", contents.shape(index)
         if tensor.shape != shape:
             raise ValueError(f"{name}: an embedding of shape {[*tensor.shape]}, wanted {[*shape]}")
@@ -93,54 +87,9 @@ class Writer(ABC):
             self._put(index, array.astype(contents.numpy_dtype, copy=False))
         self._written[index] = True
 
-    def __enter__(self) -> Self:
-        try:
-            with explained(self.target):
-                self._begin()
-        except BaseException:
-            self.target.discard()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        finished = False
-        try:
-            if error is None:
-                self._check_complete()
-                with explained(self.target):
-                    self._finish()
-                    finished = True
-                    self.target.commit()
-        finally:
-            try:
-                if not finished:
-                    self._abandon()
-            finally:
-                self.target.discard()
-
-    def _check_complete(self) -> None:
-        missing = np.flatnonzero(~self._written)
-        if len(missing):
-            names = ", ".join(repr(self.contents.ids[index]) for index in missing[:5])
-            raise ValueError(f"{len(missing)} of {len(self._written)} sequences were not written, among them {names}")
-
-    @abstractmethod
-    def _begin(self) -> None:
-        """Open the temporary target and write what is known already."""
-
     @abstractmethod
     def _put(self, index: int, array: Array) -> None:
         """Store one checked embedding."""
-
-    @abstractmethod
-    def _finish(self) -> None:
-        """Write what is left and close."""
-
-    @abstractmethod
-    def _abandon(self) -> None:
-        """Close after a failure; the temporary target is removed next."""
 
 
 def require(module: str, extra: str) -> Any:

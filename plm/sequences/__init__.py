@@ -40,6 +40,7 @@ def read_records(
     light_column: str | None = None,
     id_column: str | None = None,
     case: Case = "upper",
+    prompts: bool = False,
     on_stop: OnStop = "error",
     strip_gaps: bool = False,
     duplicates: Duplicates = "suffix",
@@ -64,6 +65,7 @@ def read_records(
             a column of sequences, the first two of CHAIN_COLUMNS. Case does not matter in names, nor space or ``_``.
         case: the case that letters are brought to, and the changed ones counted; or "keep" both. 3Di states, as
             ProstT5 takes them, are "lower". Except with "upper", a literal sequence may have lowercase letters.
+        prompts: whether ``_`` may stand for residues that a model is to fill in.
         on_stop: what an inner ``*`` is: an error, the letter X, or a reason to leave the sequence out. Stops at the end
             of a chain are always removed, and counted.
         strip_gaps: remove ``-`` and ``.`` (aligned FASTA) instead of refusing them.
@@ -74,11 +76,12 @@ def read_records(
     Raises:
         InputError: with all faults of the source, their lines and records, and what to do.
     """
-    collector = Collector(case, on_stop, strip_gaps, duplicates, empty, id)
+    collector = Collector(case, on_stop, strip_gaps, duplicates, empty, id, prompts)
     name = "stdin" if source == "-" else os.fspath(source)
     # Path.exists() would raise for a literal sequence that is longer than a path may be.
     if isinstance(source, str) and source != "-" and not os.path.exists(source):  # noqa: PTH110
         letters, how = ("A-Z", "in capitals, as MKTAYIAK") if case == "upper" else ("A-Za-z", "as letters alone")
+        letters += "_" if prompts else ""
         if not re.fullmatch(rf"(?:[{letters}|*\s-]|<\w+>)+", source):
             hint = f"check the spelling; a literal sequence is written {how}"
             raise InputError(repr(source), [Fault("no such file", hint)])

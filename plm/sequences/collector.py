@@ -23,6 +23,7 @@ class Collector:
     duplicates: Duplicates
     empty: Empty
     naming: Naming
+    prompts: bool = False
     seen: int = 0
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Collector:
         problem = NUL_IN_HEADER if "\0" in header else None
         if not problem and (not sequence or sequence.translate(None, ALLOWED[self.case])):  # few have more than letters
             sequence = self._tidy(sequence)
-            problem = find_problem(sequence, self.case)
+            problem = find_problem(sequence, self.case, self.prompts)
         if problem:
             if problem.position >= 0 and first:
                 line = self._line_of(problem.position, sequence, pieces, first)

@@ -21,6 +21,7 @@ HINTS = {
     "*": "a stop inside a sequence: --on-stop X reads it as X, --on-stop skip leaves the sequence out",
     "-": "gaps of an alignment: --strip-gaps removes them",
     ".": "gaps of an alignment: --strip-gaps removes them",
+    "_": "residues to be filled in: only the prompts of `plm generate` have them",
     "\0": "a NUL byte: the file is damaged or not text, fetch it again",
 }
 
@@ -34,8 +35,8 @@ class Problem(NamedTuple):
     position: int = -1
 
 
-def find_problem(sequence: bytes, case: Case) -> Problem | None:
-    """The first thing that is wrong with a tidied sequence, or None."""
+def find_problem(sequence: bytes, case: Case, prompts: bool = False) -> Problem | None:
+    """The first thing that is wrong with a tidied sequence, or None. Prompts may hold ``_``."""
     if not sequence:
         hint = "give it residues, remove it, or leave such records out with --skip-empty"
         return Problem("empty sequence", hint, "empty")
@@ -45,9 +46,10 @@ def find_problem(sequence: bytes, case: Case) -> Problem | None:
     if missing := [name for name, chain in zip(("heavy", "light"), chains, strict=False) if not chain]:
         hint = "a pair is HEAVY|LIGHT: give it both chains, or leave such records out with --skip-empty"
         return Problem(f"no {' and no '.join(missing)} chain", hint, "empty")
-    if not sequence.translate(None, ALLOWED[case] + b"|"):
+    signs = b"|_" if prompts else b"|"
+    if not sequence.translate(None, ALLOWED[case] + signs):
         return None
-    found = next((match for match in NOT_ALLOWED[case].finditer(sequence) if match[1]), None)
+    found = next((match for match in NOT_ALLOWED[case].finditer(sequence) if match[1] and match[1] not in signs), None)
     if not found:
         return None
     at = found.start()

@@ -1,0 +1,45 @@
+"""Loading a model: what was chosen on the command line, and what the library says about it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import click
+
+from plm.cli.errors import usage
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_device(name: str) -> "torch.device":
+    """The device of a name. Raises: click.BadParameter if this machine does not have it."""
+    from plm.loading import choose_device
+
+    with usage("--device"):
+        return choose_device(name)
+
+
+@contextmanager
+def while_loading(dtype: str, quiet: bool) -> Iterator[None]:
+    """Print what the library says of a licence as a note, unless all is to be ``quiet``.
+
+    Raises: click.BadParameter for float16, which some models do not take.
+    """
+    from plm.loading import LicenceNotice
+
+    refused = usage("--dtype") if dtype == "float16" else nullcontext()
+    with warnings.catch_warnings(record=True) as caught, refused:
+        warnings.simplefilter("always", LicenceNotice)
+        yield
+    for warning in caught:
+        if not issubclass(warning.category, LicenceNotice):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif not quiet:
+            note(str(warning.message))
+
+
+def note(text: str) -> None:
+    """Tell people what they should know about what was done."""
+    click.echo(f"Note: {text}", err=True)

@@ -1,0 +1,85 @@
+"""``plm score``: how probable a model finds each protein."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import click
+
+from plm.cli import options
+from plm.cli.errors import usage
+from plm.cli.job import Job, choose_task
+
+if TYPE_CHECKING:
+    from plm.outputs.rows import RowsWriter
+    from plm.scoring import How, Score
+    from plm.sequences import Reading
+
+FORMATS = ("csv", "tsv", "jsonl")
+HOW = ("auto", "pseudo-likelihood", "single-pass")
+COLUMNS = ("id", "residues", "log_likelihood", "mean")
+
+
+@click.command()
+@options.takes_sequences(
+    click.option(
+        "--how",
+        type=click.Choice(HOW),
+        default="auto",
+        show_default=True,
+        help="auto is pseudo-likelihood: a pass per residue, which alone is hidden. single-pass hides none.",
+    ),
+    options.task,
+    click.option("--per-residue", is_flag=True, help="List the logarithm for every residue, too (jsonl only)."),
+    click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix."),
+)
+def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str | None) -> int:
+    """Tell how probable a model finds proteins.
+
+    Natural logarithms of probabilities: log_likelihood is their sum over the residues, mean their average.
+
+    INPUT is what `plm embed` takes. The output has a row per protein (.csv, .tsv, .jsonl).
+
+    \b
+      plm score proteins.fasta -m esm2-650m -o scores.csv
+      plm score pairs.csv --heavy-column vh --light-column vl -m igbert
+      plm score MKTAYIAKQRQISFVK -m plm-mini --per-residue
+    """
+    job.keep_stdout_free("scores")
+    reading = job.read(task)
+
+    from plm.outputs.rows import layout_of, open_rows
+    from plm.scoring import score_rows
+
+    with usage():
+        layout = layout or layout_of(job.output, FORMATS[2:] if per_residue else FORMATS)
+    if per_residue and layout != "jsonl":
+        raise click.UsageError(f"{layout} holds a number per protein; write --per-residue as jsonl.")
+
+    def open_output(reading: "Reading", provenance: Mapping[str, object]) -> "RowsWriter":
+        columns = (*COLUMNS, "per_residue") if per_residue else COLUMNS
+        return open_rows(
+            job.output, layout, ids=reading.ids, columns=columns, provenance=provenance, overwrite=job.overwrite
+        )
+
+    open_output(reading, {})  # what cannot be written fails before a model is loaded
+    model = job.load()
+    task = choose_task(model, task)
+    with usage():
+        list(score_rows(model, [], how=how, task=task))  # raises what the model cannot do
+    reading, rows = job.encode(model, reading, task)
+    about = {"how": "pseudo-likelihood" if how == "auto" else how, "task": task}
+    writer = open_output(reading, {**job.provenance(model, reading), **about})
+
+    def put(index: int, found: "Score") -> None:
+        row = {
+            "id": reading.ids[index],
+            "residues": len(found.per_residue),
+            "log_likelihood": found.total,
+            "mean": found.mean,
+        }
+        # The shortest decimals of float32 would be spoilt by a way through float64.
+        each = {"per_residue": [float(text) for text in found.per_residue.numpy().astype(str)]} if per_residue else {}
+        writer.write(index, [row | each])
+
+    results = score_rows(model, rows, how=how, task=task, max_tokens=job.max_tokens)
+    return job.report(model, reading, job.write(reading, writer, results, put))
