@@ -10,13 +10,25 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from plm.loading import choose_dtype, locate, open_checkpoint
-from plm.models.esm import ESM, Config, zero_mask_row
-from plm_weights import CheckpointError, export_weights, write_fair_esm, write_safetensors
-from plm_weights import esm as published
+from plm.families import FAMILIES, Config, Family
+from plm.loading import Opened, choose_dtype, locate, open_checkpoint
+from plm.models import esm
+from plm_weights import CheckpointError, export_weights, write_fair_esm, write_safetensors, write_torch
 from plm_weights.registry import Checkpoint
 
 Form = Literal["plm", "transformers", "original"]
+Files = Mapping[str, str | bytes]
+"""Contents of small files by name."""
+
+NO_FILES: Files = {}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.txt",
+)
 
 
 def convert(
@@ -33,14 +45,22 @@ def convert(
     No number changes unless ``dtype`` says so, but for one row: from fair-esm's file of an ESM-1b or ESM-1v to another
     form the embedding of ``<mask>`` becomes zero, as fair-esm itself makes it on loading.
 
+    The files of a tokenizer that lie beside the weights come along as they are (fair-esm has none): the vocabulary of
+    an Ankh3 is nowhere else.
+
     Args:
         source: anything ``load`` takes.
-        target: a folder; for ``to="original"`` also a ``.pt`` file, beside which the contact regression is put.
-        to: "plm" (this library's names, fused projections), "transformers" (what its Esm classes read), or "original"
-            (what fair-esm's ``load_model_and_alphabet_local`` reads). fair-esm tells models apart by their file names:
-            that of an ESM-2 must start with esm2, and no other may. It wants a contact regression beside all but
-            esm1v; a model without one is for its ``load_model_and_alphabet_core``.
-        dtype: None keeps what is stored. The rotary frequencies always stay float32.
+        target: a folder; for an ESM and ``to="original"`` also a ``.pt`` file, beside which the contact regression is
+            put.
+        to: "plm" (this library's names, fused projections), "transformers" (safetensors that its classes read), or
+            "original", as the authors published them:
+
+            - ESM: what fair-esm's ``load_model_and_alphabet_local`` reads. fair-esm tells models apart by their file
+              names: that of an ESM-2 must start with esm2, and no other may. It wants a contact regression beside all
+              but esm1v; a model without one is for its ``load_model_and_alphabet_core``.
+            - BERT and T5: ``pytorch_model.bin``, in which tied tensors have all of their names.
+        dtype: None keeps what is stored. The rotary frequencies always stay float32. A T5 may be stored in float16, as
+            ProtT5's encoder was published, but ``load`` does not compute in it.
 
     Returns: the files written.
     Raises:
@@ -52,32 +72,46 @@ def convert(
         raise ValueError(f"form {to!r} is unknown; choose 'plm', 'transformers' or 'original'")
     path, row = locate(source, revision=revision, offline=offline)
     opened = open_checkpoint(path)
-    files = planned(Path(target), to, opened.config, row)
+    family, config, tokenizer = opened.family, opened.config, tokenizer_files(opened)
+    files = planned(Path(target), to, config, row, tokenizer)
     with torch.device("meta"):
-        want = ESM(opened.config).state_dict()
+        want = family.network(config).state_dict()
     state = opened.state(want)
-    if opened.layout == "fair" and to != "original":
-        state = zero_mask_row(state, opened.config)
+    if to != "original":
+        state = family.loaded(opened.layout, state, config)
     if dtype is not None:
         precision = choose_dtype(dtype, torch.device("cpu"))
-        state = {k: v if k == "frequencies" else v.to(precision) for k, v in state.items()}
-    WRITERS[to](state, opened.config, files[-1] if to == "original" else Path(target))
+        state = {k: v if k in family.always_float32 else v.to(precision) for k, v in state.items()}
+    WRITERS[to](state, config, files[-1] if to == "original" else Path(target), tokenizer)
     return files
 
 
-def planned(target: Path, to: Form, config: Config, row: Checkpoint | None) -> list[Path]:
+def tokenizer_files(opened: Opened) -> Files:
+    """Those beside the weights, where that is their place."""
+    if opened.layout not in opened.family.settings_beside:
+        return NO_FILES
+    beside = (opened.tensors.files[0].with_name(name) for name in TOKENIZER_FILES)
+    return {file.name: file.read_bytes() for file in beside if file.is_file()}
+
+
+def planned(
+    target: Path, to: Form, config: Config, row: Checkpoint | None = None, tokenizer: Files = NO_FILES
+) -> list[Path]:
     """The files that will be written, the weights last.
 
     Raises: FileExistsError, NotADirectoryError; CheckpointError if fair-esm has no such model.
     """
-    if to == "original":
+    if to == "original" and isinstance(config, esm.Config):
         refuse_foreign_heads(config)
         weights = target if target.suffix == ".pt" else target / original_name(config, row)
         regression = weights.with_name(f"{weights.stem}-contact-regression.pt")
         files = [regression, weights] if config.contact_head else [weights]
     else:
-        texts = published.hub_files(asdict(config)) if to == "transformers" else ("config.json",)
-        files = [target / name for name in (*texts, "model.safetensors")]
+        if target.suffix in (".pt", ".bin", ".safetensors"):
+            raise NotADirectoryError(f"{target} is named like a file, but several files are written; give a folder")
+        texts = {"config.json": ""} if to == "plm" else hub_files(config)
+        weights = target / ("pytorch_model.bin" if to == "original" else "model.safetensors")
+        files = [*(target / name for name in {**texts, **tokenizer}), weights]
     if taken := [str(file) for file in files if file.exists()]:
         raise FileExistsError(f"{', '.join(taken)} would be replaced; remove it or choose another target")
     folder = files[-1].parent
@@ -86,7 +120,7 @@ def planned(target: Path, to: Form, config: Config, row: Checkpoint | None) -> l
     return files
 
 
-def refuse_foreign_heads(config: Config) -> None:
+def refuse_foreign_heads(config: esm.Config) -> None:
     """fair-esm's ESM models have a language-model head, perhaps contacts, and nothing else."""
     foreign = {
         "a pooler": config.pooler,
@@ -101,7 +135,7 @@ def refuse_foreign_heads(config: Config) -> None:
         )
 
 
-def original_name(config: Config, row: Checkpoint | None) -> str:
+def original_name(config: esm.Config, row: Checkpoint | None) -> str:
     """What fair-esm calls a checkpoint, or a name by which it knows the architecture."""
     if row and row.originals:
         return row.originals[0].name
@@ -109,32 +143,42 @@ def original_name(config: Config, row: Checkpoint | None) -> str:
     return f"{family}_t{config.layers}.pt"
 
 
-def to_plm(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
+def family_of(config: Config) -> Family:
+    return next(family for family in FAMILIES if family.config is type(config))
+
+
+def hub_files(config: Config, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """What transformers wants beside weights of this dtype."""
+    return family_of(config).hub_files(asdict(config), str(dtype).removeprefix("torch."))
+
+
+def to_plm(state: Mapping[str, Tensor], config: Config, folder: Path, tokenizer: Files = NO_FILES) -> None:
     """This library's own form."""
-    settings = {"format": "plm", "family": "esm", "config": asdict(config)}
-    write_folder(folder, {"config.json": json.dumps(settings, indent=2) + "\n"}, state)
+    settings = {"format": "plm", "family": family_of(config).name, "config": asdict(config)}
+    beside = {"config.json": json.dumps(settings, indent=2) + "\n", **tokenizer}
+    with made(folder):
+        write_safetensors(folder / "model.safetensors", state, {"format": "pt"}, beside)
 
 
-def to_transformers(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
-    """What the hub holds, less what nobody reads (position_ids, ESM-2's unused position table)."""
-    rows = published.hub_rows(rotary=config.learned_positions is None, contact_head=config.contact_head)
-    dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
-    write_folder(folder, published.hub_files(asdict(config), dtype), export_weights(rows, state))
+def to_transformers(state: Mapping[str, Tensor], config: Config, folder: Path, tokenizer: Files = NO_FILES) -> None:
+    """What transformers writes: less what nobody reads (position_ids, ESM-2's unused position table), and no copies."""
+    tensors = export_weights(family_of(config).hub_rows(config), state)
+    beside = {**hub_files(config, state["embed.weight"].dtype), **tokenizer}
+    with made(folder):
+        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"}, beside)
 
 
-def to_original(state: Mapping[str, Tensor], config: Config, path: Path) -> None:
-    """fair-esm's ``.pt`` file and its contact regression."""
-    rows = published.fair_rows(rotary=config.learned_positions is None, contact_head=config.contact_head)
+def to_original(state: Mapping[str, Tensor], config: Config, path: Path, tokenizer: Files = NO_FILES) -> None:
+    """fair-esm's ``.pt`` file and its contact regression, or a ``pytorch_model.bin`` with what lies beside it."""
+    tensors = export_weights(family_of(config).original_rows(config), state)
     with made(path.parent):
-        write_fair_esm(path, export_weights(rows, state), asdict(config))
+        if isinstance(config, esm.Config):
+            write_fair_esm(path, tensors, asdict(config))
+        else:
+            write_torch(path, tensors, {**hub_files(config, state["embed.weight"].dtype), **tokenizer})
 
 
 WRITERS = {"plm": to_plm, "transformers": to_transformers, "original": to_original}
-
-
-def write_folder(folder: Path, texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    with made(folder):
-        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"}, beside=texts)
 
 
 @contextmanager

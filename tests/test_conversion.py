@@ -161,3 +161,15 @@ def test_files_are_as_readable_as_any_other(golden: Path, tmp_path: Path) -> Non
     """safetensors leaves its files to their owner alone, which breaks a folder that a group shares."""
     plm.convert(golden / "esm" / "esm2_tiny", tmp_path / "out")
     assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_the_vocabulary_comes_along(golden: Path, tmp_path: Path) -> None:
+    """From one folder into another; what lies beside a fair-esm file is not about it, and it takes nothing along."""
+    folder = golden / "esm" / "esm2_tiny"
+    plm.convert(folder, tmp_path / "own")
+    assert (tmp_path / "own" / "vocab.txt").read_bytes() == (folder / "vocab.txt").read_bytes()
+    assert {path.name for path in plm.convert(folder / "esm2_tiny.pt", tmp_path / "fair")} == {
+        "config.json",
+        "model.safetensors",
+    }
+    assert {path.suffix for path in plm.convert(folder, tmp_path / "back", to="original")} == {".pt"}

@@ -3,13 +3,16 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import plm
+from plm import peers
+from plm.loading import open_checkpoint
 from plm.verification import Finding, Report, published_values, values
-from plm_weights.checks import Check
+from plm_weights.checks import Check, What
 from plm_weights.registry import find
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -51,30 +54,51 @@ def test_verify_fails_on_wrong_weights(
     else:
         tensors[query] = tensors[query].T.contiguous()
     save_file(tensors, tmp_path / "model.safetensors")
-    from plm import verification
-
-    theirs = verification.transformers_logits
-    monkeypatch.setattr(verification, "transformers_logits", lambda _: theirs(good))
+    theirs = peers.theirs
+    monkeypatch.setattr(peers, "theirs", lambda _, *asked: theirs(open_checkpoint(good), *asked))
     report = plm.verify(tmp_path)
     assert not report.passed
     assert report.findings[0].error > 10
     assert "FAIL" in str(report)
 
 
-def test_half_precision_is_judged_by_its_own_noise(golden: Path) -> None:
-    report = plm.verify(golden / "esm" / "esm2_tiny", dtype="bfloat16")
-    assert report.dtype == "bfloat16"
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("form", ["", "esm2_tiny.pt"], ids=["transformers", "fair-esm"])
+def test_half_precision_is_judged_by_the_librarys_own_noise(golden: Path, form: str, dtype: str) -> None:
+    report = plm.verify(golden / "esm" / "esm2_tiny" / form, dtype=dtype)
+    assert report.dtype == dtype
     assert report.passed, str(report)
+    assert f"(torch.{dtype})" in report.findings[0].allowed
+    assert report.findings[0].error > 0.1  # the noise floor is not far below
+
+
+def test_an_encoder_alone_is_compared_by_its_hidden_states(golden: Path, tmp_path: Path) -> None:
+    source = golden / "esm" / "esm2_tiny"
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: x for k, x in tensors.items() if not k.startswith("lm_head.")}, tmp_path / "model.safetensors")
+    report = plm.verify(tmp_path)
+    assert report.passed, str(report)
+    assert [finding.what for finding in report.findings] == ["hidden states of 4 sequences"]
+
+
+def test_a_file_that_the_library_would_not_find_is_not_compared(golden: Path, tmp_path: Path) -> None:
+    source = golden / "esm" / "esm2_tiny"
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    shutil.copyfile(source / "model.safetensors", tmp_path / "mine.safetensors")
+    report = plm.verify(tmp_path / "mine.safetensors")
+    assert report.findings == () and not report.passed
 
 
 def test_published_values_of_every_kind(golden: Path) -> None:
     """Each kind of check takes the matrix it names: the model's own float64 numbers pass, and not if moved."""
     model = plm.load(golden / "esm" / "esm2_tiny", dtype="float64")
-    for what in ("logits", "probabilities", "log_odds", "nll", "hidden", "mean", "contacts"):
+    for what in get_args(What):
         layer = 2 if what in ("hidden", "mean") else None
         check = Check(what, (0,), (0,), ((0.0,),), "self", "none", 1e-9, 0.0, "float64", "MKT<mask>V", layer=layer)
         matrix = values(model, check)
         shapes = {"nll": (1, 1), "mean": (1, 32), "hidden": (7, 32), "contacts": (5, 5)}
+        shapes |= {"log_likelihood": (1, 1), "masked_probabilities": (5, 33)}
         assert tuple(matrix.shape) == shapes.get(what, (7, 33)), what
         right = dataclasses.replace(check, expected=((matrix[0, 0].item(),),))
         wrong = dataclasses.replace(check, expected=((matrix[0, 0].item() + 1e-3,),))

@@ -1,0 +1,185 @@
+"""The libraries that checkpoints were published for: what each computes from the files on a few sequences.
+
+A library gets the ids that our network gets, reads the files by itself, and computes on the CPU.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plm.families import Config, Network
+from plm.loading import Opened
+from plm.models import bert, esm, t5
+from plm.packing import Packed
+
+Outputs = dict[str, Tensor]
+"""From the name of an output to its rows ``[n, ...]``, one per packed token."""
+
+# With what stands around a sequence, unusual residues and hidden ones; one residue last.
+SMOKE = {
+    "esm": (  # those of transformers' own conversion test come first (convert_esm.py)
+        "MKTVRQERLKSIVRILERSKEPVSGAQLAEELSVSRQVIVQDIAYLRSLGYNIVATPRGYVLAGG",
+        "MKTVRQERLKSI<mask>RILERSKEPVSGAQLAEELS<mask>SRQVIVQDIAYLRSLGYN<mask>VATPRGYVLA",
+        "MXBUZOACDEFGHIKLNPQRSTVWY",
+        "M",
+    ),
+    "bert": (
+        "EVQLVESGGGLVQPGGSLRL|DIQMTQSPSSLSASVGD",
+        "MKTVRQERLKSI<mask>RILERSKEPVS<mask>AQLAEELS",
+        "MXBUZOACDEFGHIKLNPQRSTVWY",
+        "M",
+    ),
+    "t5": (
+        "MKTVRQERLKSIVRILERSKEPVSGAQLAEELSVSRQVIVQDIAYLRSLGYNIVATPRGYVLAGG" * 3,  # reaches every bias
+        "MKTVRQERLKSI<extra_id_0>RILERSKEPVS<extra_id_1>AQLAEELS",
+        "MXBUZOACDEFGHIKLNPQRSTVWY",
+        "M",
+    ),
+}
+PADDING = {"esm": 1, "bert": 0, "t5": 0}
+WRITTEN = 24  # tokens of the decoder's input, at most
+
+
+@dataclass(frozen=True)
+class Question:
+    """One batch, and for a T5 that has a decoder what its decoder reads."""
+
+    batch: Packed
+    decoder: Packed | None
+    padding: int
+
+
+def question_for(opened: Opened) -> Question:
+    """What a checkpoint is asked. A letter that it does not know becomes one unknown token."""
+    family, config = opened.family.name, opened.config
+    batch = opened.tokenizer().pack(SMOKE[family], unknown="each")
+    decoder = None
+    if isinstance(config, t5.Config) and config.decoder_layers:
+        decoder = Packed.from_ids([[t5.START, *row[: WRITTEN - 1].tolist()] for row in batch.split(batch.tokens)])
+    return Question(batch, decoder, PADDING[family])
+
+
+@torch.inference_mode()
+def ours(net: Network, question: Question) -> Outputs:
+    """What our network computes, in its dtype and on its device; the hidden states of a T5 are the encoder's."""
+    device = net.embed.weight.device
+    batch = question.batch.to(device)
+    if question.decoder is not None:
+        out = net(batch, decoder=question.decoder.to(device))
+        return {"hidden states": out.encoder_hidden, "logits": out.logits}
+    if isinstance(net, t5.T5) or net.lm_head is None:
+        return {"hidden states": net.encode(batch).hidden}
+    return {"logits": net(batch).logits}
+
+
+@torch.inference_mode()
+def theirs(opened: Opened, question: Question, dtype: torch.dtype) -> tuple[str, Outputs] | None:
+    """The library that the files were published for, and what it computes; None if it is not there to read them."""
+    name, ask = ("fair-esm", fair_esm) if opened.layout == "fair" else ("transformers", transformers)
+    if opened.layout == "plm" or not installed(name):
+        return None
+    found = ask(opened, question, dtype)
+    return (name, found) if found else None
+
+
+def installed(distribution: str) -> bool:
+    """Whether a distribution is installed; asked by its own name, as several install a module called esm."""
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def padded(question: Question) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[b, t]``, for libraries that pad."""
+    return question.batch.pad(question.batch.tokens, question.padding), mask_of(question.batch)
+
+
+def mask_of(batch: Packed) -> Tensor:
+    """Where the rows ``[b, t]`` have tokens."""
+    return batch.pad(torch.ones_like(batch.tokens)).bool()
+
+
+def transformers(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs | None:
+    """None if it does not find all of its weights in these files."""
+    import transformers as library
+
+    name, options = class_for(opened.config)
+    net = load_transformers(getattr(library, name), opened, dtype, options)
+    if net is None:
+        return None
+    ids, mask = padded(question)
+    given = {"input_ids": ids, "attention_mask": mask.long()}
+    if (decoder := question.decoder) is not None:
+        out = net(**given, decoder_input_ids=decoder.pad(decoder.tokens), use_cache=False)
+        return {"hidden states": out.encoder_last_hidden_state[mask], "logits": out.logits[mask_of(decoder)]}
+    out = net(**given)
+    return {"logits": out.logits[mask]} if "logits" in out else {"hidden states": out.last_hidden_state[mask]}
+
+
+def class_for(config: Config) -> tuple[str, dict[str, bool]]:
+    """A class by its own name, as ProtBert's config.json does not tell the Auto classes what it is of."""
+    match config:
+        case t5.Config(decoder_layers=0):
+            return "T5EncoderModel", {}
+        case t5.Config():
+            return "T5ForConditionalGeneration", {}
+        case bert.Config(lm_head=True):
+            return "BertForMaskedLM", {}
+        case bert.Config():
+            return "BertModel", {"add_pooling_layer": False}
+        case esm.Config(lm_head=True):
+            return "EsmForMaskedLM", {}
+    return "EsmModel", {"add_pooling_layer": False}
+
+
+def load_transformers(kind: type[Any], opened: Opened, dtype: torch.dtype, options: dict[str, bool]) -> Any:
+    """One of its classes with the weights of these very files, or None."""
+    from transformers.utils import logging
+
+    file = opened.tensors.files[0]
+    if file.name.partition(".")[0] not in ("model", "pytorch_model"):  # it looks for these
+        return None
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # it reports heads that a checkpoint does not have
+    logging.disable_progress_bar()
+    try:
+        net, found = kind.from_pretrained(
+            file.parent,
+            dtype=dtype,
+            use_safetensors=file.name.startswith("model."),
+            output_loading_info=True,
+            **options,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+    # What it does not find is random. It finds nothing behind a prefix such as "module."; contacts are not asked for.
+    return None if any("contact_head" not in name for name in found["missing_keys"]) else net.eval()
+
+
+def fair_esm(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs | None:
+    """Through fair-esm's own loader, which reads the architecture off the file's name: it is given one that fits.
+
+    None of its models is without a language-model head.
+    """
+    import argparse
+
+    from esm.pretrained import load_model_and_alphabet_core
+
+    config = opened.config
+    assert isinstance(config, esm.Config)
+    if not config.lm_head:
+        return None
+    path, *regression = opened.tensors.files
+    ids, mask = padded(question)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        model, *contacts = (torch.load(file, map_location="cpu", weights_only=True) for file in (path, *regression))
+    name = "esm2" if config.learned_positions is None else "esm1b" if config.norm_before else "esm1v"
+    net, _ = load_model_and_alphabet_core(f"{name}_any", model, contacts[0] if contacts else None)
+    return {"logits": net.to(dtype).eval()(ids)["logits"][mask]}
