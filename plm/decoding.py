@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from plm.layers import weights_unchanged
 from plm.models.t5 import EOS, START, T5
 from plm.packing import Packed
 from plm.sampling import Rules
@@ -57,6 +58,7 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 @torch.inference_mode()
+@weights_unchanged()
 def write(
     net: T5, requests: Sequence[Request], choose: Choose, rules: Rules, uniform: Tensor, rows_per_prompt: int
 ) -> list[list[Text]]:
@@ -89,6 +91,7 @@ def write(
 
 
 @torch.inference_mode()
+@weights_unchanged()
 def beam_search(
     net: T5,
     requests: Sequence[Request],
@@ -107,7 +110,11 @@ def beam_search(
     Args:
         early_stopping: True stops a prompt at ``k`` finished texts. False stops when the best beam, were it finished
             now, would be no better than the worst of ``k`` finished texts; "never" when even at its greatest length.
+
+    Raises: ValueError for another ``early_stopping``.
     """
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping must be True, False or 'never'; got {early_stopping!r}")
     bounds = Bounds(net, requests, beams)
     device, longest = bounds.device, int(bounds.longest.max())
     state = net.begin(Packed.from_ids([request.ids for request in requests], device), beams, longest - 1)

@@ -58,16 +58,12 @@ class Sample:
 class Prompt:
     """What was asked for, and what the encoder reads."""
 
-    text: str
+    text: str  # without spaces
     kind: Kind
     task: str | None
     ids: list[int]
+    residues: int  # letters that it has
     gaps: tuple[int, ...] = ()
-
-    @property
-    def residues(self) -> int:
-        """Letters that it has, gaps left out."""
-        return len(SENTINEL.sub("", self.text))
 
 
 def generate(
@@ -173,13 +169,8 @@ def plan(model: Model, prompts: Given | Iterable[Given], task: str | None) -> li
         )
     planned, faults = [], []
     for i, given in enumerate([prompts] if isinstance(prompts, str) else list(prompts)):
-        if isinstance(given, int) or (isinstance(given, Tensor) and given.dim() != 1):
-            raise TypeError(
-                f"a prompt must be text or a row of token ids; number {i + 1} is {given!r}: give [[7, 8, 1]]"
-            )
         if not isinstance(given, str):
-            ids = [int(token) for token in given]
-            planned.append(Prompt(model.tokenizer.residue_text(ids), "completion", None, ids))
+            planned.append(prompt_of_ids(model, given, i))
             continue
         try:
             planned.append(prompt(model, given, task))
@@ -190,15 +181,28 @@ def plan(model: Model, prompts: Given | Iterable[Given], task: str | None) -> li
     return planned
 
 
+def prompt_of_ids(model: Model, given: Sequence[int] | Tensor, i: int) -> Prompt:
+    """A completion of token ids. Raises: TypeError if ``given`` is something else; ValueError for unknown ids."""
+    try:
+        ids = [int(token) for token in given]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"a prompt must be text or a row of token ids; number {i + 1} is {given!r}: give [[7, 8, 1]]"
+        ) from None
+    text = model.tokenizer.residue_text(ids)
+    return Prompt(text, "completion", None, ids, len(text))
+
+
 def prompt(model: Model, given: str, task: str | None) -> Prompt:
     """One prompt, its gaps ``_`` numbered. Raises: InputError."""
-    text, tasks = given, model.tokenizer.tasks
-    if "_" in SENTINEL.sub("", given):
-        if SENTINEL.search(given):
+    text, tokenizer = "".join(given.split()), model.tokenizer
+    tasks = tokenizer.tasks
+    if "_" in SENTINEL.sub("", text):
+        if SENTINEL.search(text):
             raise InputError(
                 "prompt", [Fault("gaps written in two ways", "write all as _ or all as <extra_id_0>, ...")]
             )
-        pieces = given.split("_")
+        pieces = text.split("_")
         text = "".join(f"{piece}<extra_id_{i}>" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
     gaps = tuple(int(number) for number in SENTINEL.findall(text))
     kind: Kind = "translation" if OTHER_ALPHABET.keys() & tasks.keys() else "infilling" if gaps else "completion"
@@ -209,8 +213,12 @@ def prompt(model: Model, given: str, task: str | None) -> Prompt:
         reason = "a translation has no gaps" if gaps else "without a task"
         raise InputError("prompt", [Fault(reason, "give residues with task='aa2fold', or 3Di states with 'fold2aa'")])
     (row,) = running.encode(model, [text], task=task)
-    before, after = model.tokenizer.frame(task)
-    return Prompt(text, kind, task, [*before, *row, *after], gaps)
+    letters, separator = tokenizer.residue_text(row), tokenizer.separator and tokenizer.separator_id
+    for token in set(row) - {*tokenizer.residue_ids, *map(tokenizer.sentinel, gaps), separator}:
+        reason = f"{tokenizer.vocabulary[token]} is no residue"
+        raise InputError("prompt", [Fault(reason, "leave it out: task='...' puts a token before the residues")])
+    before, after = tokenizer.frame(task)
+    return Prompt(text, kind, task, [*before, *row, *after], len(letters), gaps)
 
 
 def stream(
@@ -246,6 +254,11 @@ def stream(
             uniform = streams(seed, [(i, sample) for i in batch for sample in range(num_samples)], longest)
             texts = write(model.net, some, chooser, rules, uniform, num_samples)
         for i, found in zip(batch, texts, strict=True):
+            if not all(each.log_probs.isfinite().all() for each in found):
+                raise FloatingPointError(
+                    f"prompt {i + 1} gave a NaN or an infinity in {model.dtype}; check the weights with `plm verify`, "
+                    "or use dtype='float32'"
+                )
             yield i, [finished(model, prompts[i], each) for each in found[:num_samples]]
 
 
@@ -289,7 +302,8 @@ def finished(model: Model, prompt: Prompt, text: Text) -> Sample:
     """The residues that a text stands for."""
     tokenizer = model.tokenizer
     if prompt.kind == "infilling":
-        spans = by_gap(text.ids, {tokenizer.sentinel(gap): gap for gap in prompt.gaps})
+        numbers = {i: int(found[1]) for i, token in enumerate(tokenizer.vocabulary) if (found := SENTINEL.match(token))}
+        spans = by_gap(text.ids, numbers)
         filled = {gap: tokenizer.residue_text(spans.get(gap, ())) for gap in prompt.gaps}
         sequence = SENTINEL.sub(lambda match: filled[int(match[1])], prompt.text)
         return Sample(sequence, text.ids, text.log_probs, text.stopped_by, tuple(filled[gap] for gap in prompt.gaps))
@@ -298,7 +312,7 @@ def finished(model: Model, prompt: Prompt, text: Text) -> Sample:
 
 
 def by_gap(ids: Sequence[int], sentinels: dict[int, int]) -> dict[int, list[int]]:
-    """The tokens behind each gap's sentinel, up to the next one; of a gap that comes twice the first."""
+    """The tokens behind each gap's sentinel, up to the next sentinel; of a gap that comes twice the first."""
     spans: dict[int, list[int]] = {}
     current: list[int] | None = None
     for token in ids:
