@@ -1,19 +1,24 @@
 """Every code block of the README runs as printed; only downloads are replaced, by random weights."""
 
 import gzip
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tiny
 
 import plm
 from plm.cli import main
 from plm.cli.errors import Code
+from plm.conversion import to_transformers
+from plm_weights.registry import Checkpoint
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "data" / "yeast_300.fasta.gz"
@@ -26,17 +31,27 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 @pytest.fixture
 def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder with proteins.fasta.gz in it, on a machine where every download gives a random ESM-2 8M."""
+    """An empty folder with proteins.fasta.gz in it, on a machine where downloads give small random models."""
     real = plm.loading.fetch
+    small = {"igbert": partial(tiny.igbert, positions=320), "ankh3-large": tiny.ankh3, "prostt5": tiny.prostt5}
 
-    def fetch(source: object, **options: object) -> Path:
-        ships = getattr(source, "folder", None) is not None
-        return real(source, **options) if ships else random_8m
+    def fetch(source: Checkpoint, **options: object) -> Path:
+        if source.folder is not None:
+            return real(source, **options)
+        if source.name not in small:
+            return random_8m
+        model, folder = small[source.name](), tmp_path / "published" / source.name
+        if not folder.exists():
+            to_transformers(model.net.state_dict(), model.net.config, folder)
+            vocabulary = [[token, 0.0] for token in model.tokenizer.vocabulary]
+            (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": vocabulary}}))
+        return folder
 
     monkeypatch.setattr("plm.loading.fetch", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples" / "data").mkdir(parents=True)
-    shutil.copyfile(EXAMPLE, tmp_path / "examples" / "data" / EXAMPLE.name)
+    for name in (EXAMPLE.name, "antibodies.csv"):
+        shutil.copyfile(EXAMPLE.with_name(name), tmp_path / "examples" / "data" / name)
     lines = gzip.decompress(EXAMPLE.read_bytes()).split(b"\n>")[:5]
     (tmp_path / "proteins.fasta.gz").write_bytes(gzip.compress(b"\n>".join(lines)))
     return tmp_path
@@ -49,6 +64,9 @@ def test_python_blocks_run_one_after_the_other(desk: Path) -> None:
     assert scope["residues"][0].shape == (25, 240)
     assert [tuple(rows.shape) for rows in scope["middle"]] == [(25, 240), (28, 240)]
     assert [tuple(found.shape) for found in scope["maps"]] == [(25, 25), (28, 28)]
+    assert (scope["heavy"].shape, scope["light"].shape) == ((21, 32), (21, 32))
+    assert len(scope["completed"].sequence) <= len(scope["protein"]) == 35 and len(scope["filled"].filled) == 2
+    assert len(scope["samples"]) == 3 and [len(score.per_residue) for score in scope["scores"]] == [17, 17]
     assert (desk / "esm2_8m-contact-regression.pt").exists()
 
 
@@ -88,7 +106,8 @@ def test_links_and_tree_name_files_that_exist() -> None:
 
 
 def test_table_lists_the_registry() -> None:
-    named = set(re.findall(r"^\| `([\w-]+)`", README, re.MULTILINE)) | {f"esm1v-{i}" for i in range(2, 6)}
+    cells = re.findall(r"^\| (`[\w-]+`.*?) \|", README.split("## Use")[1].split("## What it does")[0], re.MULTILINE)
+    named = set(re.findall(r"`([\w-]+)`", " ".join(cells))) | {f"esm1v-{i}" for i in range(2, 6)}
     assert named == {row.name for row in plm.available()}
 
 
