@@ -8,7 +8,7 @@ Letters: p prompts, r rows (texts being written), k beams, v vocabulary, t token
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,29 +65,46 @@ def write(
     """``rows_per_prompt`` texts to each prompt. ``uniform`` is ``[r, longest max_length]``, rows prompt by prompt."""
     bounds = Bounds(net, requests, rows_per_prompt)
     longest = int(bounds.longest.max())
-    state = net.begin(
-        Packed.from_ids([request.ids for request in requests], bounds.device), rows_per_prompt, longest - 1
+    prompts = Packed.from_ids([request.ids for request in requests], bounds.device)
+    state = net.begin(prompts, rows_per_prompt, longest - 1)
+    count, device = len(uniform), bounds.device
+    live = Live(
+        torch.arange(count, device=device),
+        torch.full((count, longest), START, device=device),
+        torch.zeros(count, longest, device=device),
+        uniform.to(device),
+        bounds.allowed,
+        bounds.shortest,
+        bounds.longest,
     )
-    uniform = uniform.to(bounds.device)
-    written = torch.full((len(uniform), longest), START, device=bounds.device)
-    log_probs = torch.zeros(len(uniform), longest, device=bounds.device)
-    lengths = torch.ones(len(uniform), dtype=torch.int64, device=bounds.device)
-    rows = torch.arange(len(uniform), device=bounds.device)  # those that are still being written
+    texts: dict[int, Text] = {}
     for t in range(1, longest):
-        logits = net.step(written[rows, t - 1], state).float()
-        scores = rules(logits, written[rows, :t], bounds.allowed[rows], t >= bounds.shortest[rows])
-        tokens = choose(scores, uniform[rows, t])
-        written[rows, t] = tokens
-        log_probs[rows, t] = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        lengths[rows] += 1
-        going = (tokens != EOS) & (t + 1 < bounds.longest[rows])
+        logits = net.step(live.written[:, t - 1], state).float()
+        tokens = choose(rules(logits, live.written[:, :t], live.allowed, t >= live.shortest), live.uniform[:, t])
+        live.written[:, t] = tokens
+        live.log_probs[:, t] = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        going = (tokens != EOS) & (t + 1 < live.longest)
         if not going.all():
-            rows = rows[going]
-            if len(rows) == 0:
+            ended = Live(*(x[~going].cpu() for x in live))
+            for row, ids, values in zip(ended.row.tolist(), ended.written, ended.log_probs, strict=True):
+                texts[row] = text(ids, values, t + 1)
+            if len(texts) == count:
                 break
+            live = Live(*(x[going] for x in live))
             state.keep(going.nonzero()[:, 0])
-    texts = [text(*each) for each in zip(written.cpu(), log_probs.cpu(), lengths.tolist(), strict=True)]
-    return [texts[i : i + rows_per_prompt] for i in range(0, len(texts), rows_per_prompt)]
+    return [[texts[row] for row in range(i, i + rows_per_prompt)] for i in range(0, count, rows_per_prompt)]
+
+
+class Live(NamedTuple):
+    """The texts that are still being written, a row of every tensor for each."""
+
+    row: Tensor  # [r], its number among all texts
+    written: Tensor  # [r, t]
+    log_probs: Tensor  # [r, t]
+    uniform: Tensor  # [r, t]
+    allowed: Tensor  # [r, v]
+    shortest: Tensor  # [r]
+    longest: Tensor  # [r]
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from plm_kernels import linear, pack_weight
 
-
 _unchanged: ContextVar[object | None] = ContextVar("unchanged", default=None)
 
 

@@ -121,7 +121,8 @@ def pseudo_likelihood(
         ids = torch.tensor([*before, *rows[i], *after])
         places = residue_places(model, rows[i], task)
         values = []
-        for some in places.split(max(1, budget // len(ids))):
+        for group in batches([len(ids)] * len(places), budget):
+            some = places[group]
             copies = ids.repeat(len(some), 1)
             copies[torch.arange(len(some)), some] = hidden
             batch = Packed.from_tokens(copies.flatten(), (len(ids),) * len(some)).to(model.device)

@@ -5,6 +5,7 @@ it has a second use: a row of the result has the same bits however many rows are
 on), which ordinary ``F.linear`` does not promise. So a sequence embeds to the same bits alone or in any batch.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -43,9 +44,17 @@ def pack_weight(weight: Tensor) -> Tensor | None:
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """``x @ weight.T + bias`` on a packed weight, then exact (erf) GELU if asked: ``[n, i] -> [n, o]``. No gradient."""
-    if len(x) == 0:
-        return x.new_empty(0, packed.shape[0])
-    rows = x if len(x) > 1 else x.expand(2, -1)  # one row alone takes a matrix-vector kernel with other rounding
     activation, form = ("gelu", "none") if gelu else ("none", "")
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), packed, bias, activation, [], form)
-    return y[: len(x)]
+    count = x.shape[0]
+    if count > 1:
+        return _operator()(x.contiguous(), packed, bias, activation, [], form)
+    if count == 0:
+        return x.new_empty(0, packed.shape[0])
+    # One row alone takes a matrix-vector kernel with other rounding.
+    return _operator()(x.expand(2, -1).contiguous(), packed, bias, activation, [], form)[:1]
+
+
+@cache
+def _operator() -> Callable[..., Tensor]:
+    """Its one form for tensors, so that no call has to look for it."""
+    return torch.ops.mkldnn._linear_pointwise.default

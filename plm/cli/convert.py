@@ -18,7 +18,12 @@ FORMS = ("plm", "transformers", "original")
 @click.argument("source")
 @click.argument("target", required=False)
 @click.option(
-    "--to", "form", type=click.Choice(FORMS), default="plm", show_default=True, help="original: fair-esm's .pt, or pytorch_model.bin."
+    "--to",
+    "form",
+    type=click.Choice(FORMS),
+    default="plm",
+    show_default=True,
+    help="original: fair-esm's .pt, or pytorch_model.bin.",
 )
 @click.option("--dtype", type=click.Choice(options.DTYPES[1:]), help="Store the weights so; else as they are stored.")
 @click.option("--explain", is_flag=True, help="Print where each tensor of SOURCE goes, and write nothing.")
