@@ -1,0 +1,75 @@
+"""Tiny random models of every vocabulary that writes or reads, as ``plm.load`` would give them."""
+
+from dataclasses import replace
+
+import torch
+from oracle_bert import randomise as randomise_bert
+from oracle_t5 import randomise as randomise_t5
+
+import plm
+from plm.loading import Origin
+from plm.models import bert, t5
+from plm.tokens import (
+    Tokenizer,
+    ankh3_tokenizer,
+    ankh_tokenizer,
+    bert_tokenizer,
+    checked,
+    prostt5_tokenizer,
+    prott5_tokenizer,
+)
+
+# What an Ankh3 folder could say. The layout is published, the order within 3 to 6 and within 27 to 30 is not.
+ANKH3_PIECES = ("<pad>", "</s>", "<unk>", "[NLU]", "[S2S]", "[NLG]", "[CLM]", *"LAGSVERTIDPKNFQYHMCW", *"XUBZ")
+NLU, S2S = 3, 4
+SMALL = t5.Config(256, 2, 2, 32, 4, 8, 48, "gated-silu", buckets=64, tied=False)
+
+
+def origin(name: str) -> Origin:
+    return Origin(name, "tiny", "nowhere", None, (), "none", "none")
+
+
+def tiny_t5(name: str, tokenizer: Tokenizer, dtype: torch.dtype, config: t5.Config = SMALL, seed: int = 0) -> plm.Model:
+    """A T5 with the tokenizer's vocabulary. Its end token is likely enough that some texts end by themselves."""
+    net = t5.T5(replace(config, vocabulary=len(tokenizer.vocabulary))).requires_grad_(False)
+    randomise_t5(net, seed)
+    (net.embed if net.lm_head is None else net.lm_head).weight[t5.EOS] *= 2
+    return plm.Model(net.to(dtype).eval(), tokenizer, origin(name))
+
+
+def prott5(dtype: torch.dtype = torch.float32) -> plm.Model:
+    """128 tokens; the head is the embedding."""
+    return tiny_t5("prott5", prott5_tokenizer(), dtype, replace(SMALL, activation="relu", buckets=32, tied=True))
+
+
+def ankh(dtype: torch.dtype = torch.float32, seed: int = 0) -> plm.Model:
+    """144 tokens, no tasks."""
+    return tiny_t5("ankh", ankh_tokenizer(), dtype, seed=seed)
+
+
+def prostt5(dtype: torch.dtype = torch.float32) -> plm.Model:
+    """150 tokens: residues and 3Di states."""
+    return tiny_t5("prostt5", prostt5_tokenizer(), dtype, replace(SMALL, activation="relu", buckets=32, tied=True))
+
+
+def ankh3(dtype: torch.dtype = torch.float32) -> plm.Model:
+    """256 tokens, all of them known."""
+    return tiny_t5("ankh3", checked(ankh3_tokenizer(), ANKH3_PIECES, "spiece.model"), dtype)
+
+
+def ankh3_without_files(dtype: torch.dtype = torch.float32) -> plm.Model:
+    """The same where nobody said which tokens ask for the tasks."""
+    return tiny_t5("ankh3", ankh3_tokenizer(), dtype)
+
+
+def encoder_alone() -> plm.Model:
+    """ProtT5 without its decoder, as the half-precision checkpoint is."""
+    config = replace(SMALL, decoder_layers=0, tied=True)
+    return tiny_t5("prott5-encoder", prott5_tokenizer(), torch.float32, config)
+
+
+def igbert(dtype: torch.dtype = torch.float32, lm_head: bool = True, positions: int = 40) -> plm.Model:
+    """30 tokens; takes pairs of chains."""
+    net = bert.BERT(bert.Config(30, 2, 32, 4, 48, positions=positions, types=2, lm_head=lm_head)).requires_grad_(False)
+    randomise_bert(net, 0)
+    return plm.Model(net.to(dtype).eval(), bert_tokenizer(), origin("igbert"))
