@@ -124,6 +124,8 @@ def generate(
         ValueError: the model cannot write, or the settings contradict each other.
         InputError: a prompt is empty or has letters or gaps that the model does not know.
     """
+    if num_beams == 1 and (length_penalty != 1 or early_stopping is not False):
+        raise ValueError("length_penalty and early_stopping are of a beam search: give num_beams above 1")
     found = dict(
         stream(
             model,
@@ -133,7 +135,7 @@ def generate(
             chooser=chooser(temperature, top_k, top_p, num_beams, num_samples),
             beams=(num_beams, length_penalty, early_stopping),
             repetition_penalty=repetition_penalty,
-            banned=tuple(banned),
+            banned=(banned,) if isinstance(banned, str) else tuple(banned),
             residues_only=residues_only,
             seed=seed,
             max_tokens=max_tokens,
@@ -202,6 +204,7 @@ def prompt(model: Model, given: str, task: str | None) -> Prompt:
             raise InputError(
                 "prompt", [Fault("gaps written in two ways", "write all as _ or all as <extra_id_0>, ...")]
             )
+        running.encode(model, [text.replace("_", "A")])  # so that an error counts a gap as one letter
         pieces = text.split("_")
         text = "".join(f"{piece}<extra_id_{i}>" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
     gaps = tuple(int(number) for number in SENTINEL.findall(text))

@@ -12,6 +12,7 @@ from plm.loading import Model
 from plm.models.t5 import START, T5
 from plm.packing import Packed, batches
 from plm.running import Proteins
+from plm.sequences import Fault, InputError
 
 How = Literal["auto", "pseudo-likelihood", "single-pass"]
 
@@ -69,9 +70,27 @@ def score(
         InputError: as ``embed``.
         ValueError: the checkpoint has no head or no decoder, or the T5 cannot do it in a single pass.
     """
-    rows = running.encode(model, running.as_list(model, sequences), task=(task := running.choose_task(model, task)))
+    texts = running.as_list(model, sequences)
+    task = running.choose_task(model, task)
+    rows = encode(model, texts, task=task)
     found = dict(score_rows(model, rows, how=how, task=task, max_tokens=max_tokens))
     return [found[i] for i in range(len(rows))]
+
+
+def encode(model: Model, sequences: Sequence[str], *, task: str | None = None) -> list[bytes]:
+    """``running.encode``, for sequences of residues alone. Raises: InputError also for ``<mask>`` and its kin."""
+    rows = running.encode(model, sequences, task=task)
+    tokenizer = model.tokenizer
+    letters = {i for i, token in enumerate(tokenizer.vocabulary) if len(token) == 1}
+    letters |= set() if tokenizer.separator is None else {tokenizer.separator_id}
+    strange = {i: sorted(set(row) - letters) for i, row in enumerate(rows)}
+    if faults := [
+        Fault(f"{tokenizer.decode(tokens)} is no residue", "leave it out", record=i + 1, id=sequences[i][:12])
+        for i, tokens in strange.items()
+        if tokens
+    ]:
+        raise InputError("sequences", faults)
+    return rows
 
 
 def score_rows(
@@ -82,7 +101,7 @@ def score_rows(
     task: str | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
-    """``score`` as a stream of (index, score) while they are computed; rows from ``running.encode``."""
+    """``score`` as a stream of (index, score) while they are computed; rows from ``encode``."""
     if how not in get_args(How):
         raise ValueError(f"how={how!r} is unknown; choose 'auto', 'pseudo-likelihood' or 'single-pass'")
     if isinstance(model.net, T5):

@@ -397,3 +397,19 @@ def test_one_text_is_a_list_of_one_and_none_is_none() -> None:
     assert plm.generate(ankh(), "MKT", seed=1) == plm.generate(ankh(), ["MKT"], seed=1)
     assert plm.generate(ankh(), ("MKT", "AAA"), seed=1) == plm.generate(ankh(), iter(["MKT", "AAA"]), seed=1)
     assert plm.generate(ankh(), []) == []
+
+
+def test_an_error_counts_a_gap_as_one_letter() -> None:
+    with pytest.raises(plm.InputError, match="'J' at position 3"):
+        plm.generate(ankh(), "M_J", temperature=0)
+
+
+def test_settings_of_beams_need_beams() -> None:
+    with pytest.raises(ValueError, match="num_beams above 1"):
+        plm.generate(ankh(), "MKT", temperature=0, length_penalty=2.0)
+
+
+def test_one_banned_token_may_be_given_alone() -> None:
+    model = ankh()
+    alone, listed = (plm.generate(model, "MKT", temperature=0, banned=given) for given in ("<unk>", ["<unk>"]))
+    assert alone == listed

@@ -305,3 +305,9 @@ def test_a_nan_is_never_returned(make: Callable[[], plm.Model], how: Any) -> Non
         broken.net.embed.weight[model.tokenizer.vocabulary.index("K"), 3] = torch.nan
     with pytest.raises(FloatingPointError, match="sequence 1 gave a NaN or an infinity"):
         plm.score(broken, ["MAKAM"], how=how)
+
+
+@pytest.mark.parametrize(("make", "text"), [(ankh, "MK<extra_id_0>T"), (igbert, "MK<mask>T")])
+def test_what_is_no_residue_has_no_score(make: Callable[[], plm.Model], text: str) -> None:
+    with pytest.raises(plm.InputError, match="is no residue"):
+        plm.score(make(), ["MKT", text])
