@@ -46,6 +46,12 @@ def copy_ceiling(tries: int = 8) -> float:
     return 2 * a.numel() / min(seconds(lambda: b.copy_(a)) for _ in range(tries))
 
 
+def read_ceiling(tries: int = 4) -> float:
+    """Best bytes/s of reading memory that fits into no cache."""
+    a = torch.ones(1 << 27)
+    return a.numel() * 4 / min(seconds(a.sum) for _ in range(tries))
+
+
 def race(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every contestant in every round; the order turns by one each round. Let each run once before."""
     names = list(contestants)

@@ -26,8 +26,8 @@ from transformers import EsmConfig, EsmModel, EsmTokenizer
 import plm
 from plm.loading import Model, Origin
 from plm.models.esm import ESM, Config
-from plm.tokens import ESM as VOCABULARY
-from plm.tokens import esm_tokenizer
+from plm.vocabularies import ESM as VOCABULARY
+from plm.vocabularies import esm_tokenizer
 from plm_weights import import_weights
 from plm_weights.esm import hub_rows
 from plm_weights.registry import find

@@ -23,7 +23,7 @@ PEAK = """
 import resource, random, sys, torch
 from plm.loading import Model, Origin
 from plm.models.esm import ESM, Config
-from plm.tokens import esm_tokenizer
+from plm.vocabularies import esm_tokenizer
 import plm
 torch.manual_seed(0)
 net = ESM(Config(6, 320, 20, 1280, None, False, True, 1e-5)).eval()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plm import tokens
+from plm import tokens, vocabularies
 from plm.models import bert, esm, t5
 from plm_weights import KeyMap, TensorSource, Tied
 from plm_weights import bert as published_bert
@@ -80,7 +80,7 @@ def t5_original_rows(config: t5.Config) -> KeyMap:
 
 def ankh_notice(config: t5.Config) -> str | None:
     """Only Ankh's vocabularies have these sizes, so weights of an unknown folder are told by them as well."""
-    if config.vocabulary not in (len(tokens.ANKH), len(tokens.ANKH3)):
+    if config.vocabulary not in (len(vocabularies.ANKH), len(vocabularies.ANKH3)):
         return None
     return "Ankh's weights are published under CC BY-NC-SA 4.0: they may not be used commercially"
 
@@ -97,7 +97,7 @@ FAMILIES = (
         hub_rows=lambda config: published_esm.hub_rows(**esm_form(config)),
         hub_files=published_esm.hub_files,
         original_rows=lambda config: published_esm.fair_rows(**esm_form(config)),
-        tokenizer=lambda config: tokens.esm_tokenizer(),
+        tokenizer=lambda config: vocabularies.esm_tokenizer(),
         computed=esm_frequencies,
         loaded=esm_loaded,
         always_float32=frozenset({"frequencies"}),
@@ -113,7 +113,7 @@ FAMILIES = (
         hub_rows=lambda config: published_bert.hub_rows(asdict(config)),
         hub_files=published_bert.hub_files,
         original_rows=bert_original_rows,
-        tokenizer=lambda config: tokens.bert_tokenizer(),
+        tokenizer=lambda config: vocabularies.bert_tokenizer(),
     ),
     Family(
         name="t5",
@@ -126,7 +126,7 @@ FAMILIES = (
         hub_rows=lambda config: published_t5.hub_rows(asdict(config)),
         hub_files=published_t5.hub_files,
         original_rows=t5_original_rows,
-        tokenizer=lambda config: tokens.t5_tokenizer(config.vocabulary),
+        tokenizer=lambda config: vocabularies.t5_tokenizer(config.vocabulary),
         float32_at_least=frozenset({"encoder.relative_bias.weight", "decoder.relative_bias.weight"}),
         no_float16="the residual stream of a T5 exceeds 65,504, the largest float16, and turns into infinities",
         notice=ankh_notice,

@@ -1,9 +1,9 @@
 """Writing sequences: what follows a start, what stands in gaps, and translations between sequence and structure."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ Given = str | Sequence[int] | Tensor
 Kind = Literal["completion", "infilling", "translation"]
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 OTHER_ALPHABET = {"aa2fold": "fold2aa", "fold2aa": "aa2fold"}
-DEFAULT_MAX_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def generate(
     What is written follows from the prompt. *Completion*: plain residues; the model goes on where they stop (Ankh3,
     with the task "s2s"). *Infilling*: residues with gaps, ``M_AY_L`` or ``M<extra_id_0>AY<extra_id_1>L``; the model
     says what stands in each (Ankh3 with "nlu", Ankh, ProtT5). *Translation*: ProstT5's tasks "aa2fold", from amino
-    acids to 3Di states, and "fold2aa", back; one letter for each.
+    acids to 3Di states, and "fold2aa", back; one letter for each (never one of the rare U, Z, O and B).
 
     With ``temperature=0`` and the same bounds the token ids are those of transformers' ``generate``. The sequences
     differ from those of Ankh3's model card in two ways. The card joins the prompt and all decoded tokens, the start
@@ -105,7 +104,8 @@ def generate(
         max_length, min_length: tokens that the decoder writes, its start token counted, as in transformers (so ``n``
             residues need ``n + 1``). Below ``min_length`` the end token is banned. By default a completion may double
             its prompt, an infilling has two tokens for each gap, and a translation has exactly its prompt's length.
-        length: residues of a completed sequence, prompt included, in place of ``max_length`` and ``min_length``.
+        length: residues of a completed sequence, prompt included, in place of ``max_length`` and ``min_length``; it
+            implies ``residues_only``, so that it has exactly as many.
         temperature, top_k, top_p: see ``plm.sampling.Sampler``; temperature 0 takes the most probable token.
         num_beams: above 1 for beam search, with temperature 0; it returns the best ``num_samples`` of its beams.
         length_penalty, early_stopping: of the beam search; see ``plm.decoding.beam_search``.
@@ -124,15 +124,13 @@ def generate(
         ValueError: the model cannot write, or the settings contradict each other.
         InputError: a prompt is empty or has letters or gaps that the model does not know.
     """
-    if num_beams == 1 and (length_penalty != 1 or early_stopping is not False):
-        raise ValueError("length_penalty and early_stopping are of a beam search: give num_beams above 1")
     found = dict(
         stream(
             model,
             plan(model, prompts, task),
             num_samples=num_samples,
             bounds=(min_length, max_length, length),
-            chooser=chooser(temperature, top_k, top_p, num_beams, num_samples),
+            chooser=chooser(temperature, top_k, top_p, num_samples, num_beams, length_penalty, early_stopping),
             beams=(num_beams, length_penalty, early_stopping),
             repetition_penalty=repetition_penalty,
             banned=(banned,) if isinstance(banned, str) else tuple(banned),
@@ -144,8 +142,18 @@ def generate(
     return [found[i] for i in range(len(found))]
 
 
-def chooser(temperature: float, top_k: int | None, top_p: float, num_beams: int, num_samples: int) -> Greedy | Sampler:
+def chooser(
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    num_samples: int,
+    num_beams: int,
+    length_penalty: float,
+    early_stopping: bool | Literal["never"],
+) -> Greedy | Sampler:
     """How tokens are chosen. Raises: ValueError for settings that contradict each other."""
+    if num_beams == 1 and (length_penalty != 1 or early_stopping is not False):
+        raise ValueError("length_penalty and early_stopping are of a beam search: give num_beams above 1")
     if num_samples < 1 or num_beams < 1:
         raise ValueError(f"num_samples and num_beams must be at least 1; got {num_samples} and {num_beams}")
     if num_beams > 1 and temperature != 0:
@@ -170,7 +178,7 @@ def plan(model: Model, prompts: Given | Iterable[Given], task: str | None) -> li
             f"{model.checkpoint.name} writes no sequences; use a model with a decoder, such as ankh3-large"
         )
     planned, faults = [], []
-    for i, given in enumerate([prompts] if isinstance(prompts, str) else list(prompts)):
+    for i, given in enumerate(texts_or_ids(model, prompts)):
         if not isinstance(given, str):
             planned.append(prompt_of_ids(model, given, i))
             continue
@@ -183,16 +191,30 @@ def plan(model: Model, prompts: Given | Iterable[Given], task: str | None) -> li
     return planned
 
 
+def texts_or_ids(model: Model, prompts: Any) -> list[Any]:
+    """One prompt or many, as a list; texts as ``running.as_list`` takes them."""
+    texts = isinstance(prompts, tuple) and all(isinstance(each, str) for each in prompts)
+    return running.as_list(model, prompts) if texts or isinstance(prompts, str | bytes | Mapping) else list(prompts)
+
+
 def prompt_of_ids(model: Model, given: Sequence[int] | Tensor, i: int) -> Prompt:
-    """A completion of token ids. Raises: TypeError if ``given`` is something else; ValueError for unknown ids."""
+    """A completion of token ids, or a translation if they begin with its prefix.
+
+    Raises: TypeError if ``given`` is something else; ValueError for unknown ids.
+    """
     try:
         ids = [int(token) for token in given]
     except (TypeError, ValueError):
         raise TypeError(
             f"a prompt must be text or a row of token ids; number {i + 1} is {given!r}: give [[7, 8, 1]]"
         ) from None
-    text = model.tokenizer.residue_text(ids)
-    return Prompt(text, "completion", None, ids, len(text))
+    tokenizer = model.tokenizer
+    letters = tokenizer.residue_text(ids)
+    first = tokenizer.vocabulary[ids[0]] if ids else ""
+    task = next(
+        (name for name in OTHER_ALPHABET if name in tokenizer.tasks and tokenizer.tasks[name].prefix == first), None
+    )
+    return Prompt(letters, "translation" if task else "completion", task, ids, len(letters))
 
 
 def prompt(model: Model, given: str, task: str | None) -> Prompt:
@@ -208,6 +230,10 @@ def prompt(model: Model, given: str, task: str | None) -> Prompt:
         pieces = text.split("_")
         text = "".join(f"{piece}<extra_id_{i}>" for i, piece in enumerate(pieces[:-1])) + pieces[-1]
     gaps = tuple(int(number) for number in SENTINEL.findall(text))
+    try:
+        sentinels = [tokenizer.sentinel(gap) for gap in gaps]
+    except ValueError as error:
+        raise InputError("prompt", [Fault(str(error), "write fewer gaps")]) from None
     kind: Kind = "translation" if OTHER_ALPHABET.keys() & tasks.keys() else "infilling" if gaps else "completion"
     if task is None and kind != "translation":
         task = next((name for name in (("nlu",) if gaps else ("s2s",)) if name in tasks), None)
@@ -217,7 +243,7 @@ def prompt(model: Model, given: str, task: str | None) -> Prompt:
         raise InputError("prompt", [Fault(reason, "give residues with task='aa2fold', or 3Di states with 'fold2aa'")])
     (row,) = running.encode(model, [text], task=task)
     letters, separator = tokenizer.residue_text(row), tokenizer.separator and tokenizer.separator_id
-    for token in set(row) - {*tokenizer.residue_ids, *map(tokenizer.sentinel, gaps), separator}:
+    for token in set(row) - {*tokenizer.residue_ids, *sentinels, separator}:
         reason = f"{tokenizer.vocabulary[token]} is no residue"
         raise InputError("prompt", [Fault(reason, "leave it out: task='...' puts a token before the residues")])
     before, after = tokenizer.frame(task)
@@ -239,30 +265,38 @@ def stream(
     max_tokens: int | None,
 ) -> Iterator[tuple[int, list[Sample]]]:
     """``generate`` as (index, samples) while batches finish, longest prompts first."""
-    assert isinstance(model.net, T5)
+    net = model.net
+    assert isinstance(net, T5)
     seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
     rules = Rules(EOS, repetition_penalty)
+    residues_only = residues_only or bounds[2] is not None
     requests = [
         Request(each.ids, *lengths(each, *bounds), allowed(model, each, banned, residues_only)) for each in prompts
     ]
     width = max(num_samples, beams[0])
     costs = [len(request.ids) + width * request.max_length for request in requests]
-    for batch in batches(costs, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens):
+
+    def work(batch: list[int]) -> list[list[Text]]:
         some = [requests[i] for i in batch]
         if beams[0] > 1:
             number, penalty, early = beams
-            texts = beam_search(model.net, some, rules, number, length_penalty=penalty, early_stopping=early)
-        else:
-            longest = max(request.max_length for request in some)
-            uniform = streams(seed, [(i, sample) for i in batch for sample in range(num_samples)], longest)
-            texts = write(model.net, some, chooser, rules, uniform, num_samples)
+            return beam_search(net, some, rules, number, length_penalty=penalty, early_stopping=early)
+        longest = max(request.max_length for request in some)
+        uniform = streams(seed, [(i, sample) for i in batch for sample in range(num_samples)], longest)
+        return write(net, some, chooser, rules, uniform, num_samples)
+
+    budget = default_max_tokens(net) if max_tokens is None else max_tokens
+    for batch, texts in running.halved(model, batches(costs, budget), work):
         for i, found in zip(batch, texts, strict=True):
-            if not all(each.log_probs.isfinite().all() for each in found):
-                raise FloatingPointError(
-                    f"prompt {i + 1} gave a NaN or an infinity in {model.dtype}; check the weights with `plm verify`, "
-                    "or use dtype='float32'"
-                )
+            running.check_finite(model, i, torch.cat([each.log_probs for each in found]))
             yield i, [finished(model, prompts[i], each) for each in found[:num_samples]]
+
+
+def default_max_tokens(net: T5) -> int:
+    """Tokens of prompts and texts at a time: as many as keep their keys and values within a gibibyte or so."""
+    config = net.config
+    size = 2 * config.decoder_layers * config.heads * config.head_size * net.embed.weight.itemsize
+    return max(1_024, min(16_384, (1 << 30) // size))
 
 
 def lengths(prompt: Prompt, shortest: int | None, longest: int | None, residues: int | None) -> tuple[int, int]:
@@ -273,6 +307,10 @@ def lengths(prompt: Prompt, shortest: int | None, longest: int | None, residues:
         if residues <= prompt.residues:
             raise ValueError(f"length={residues}, but the prompt has {prompt.residues} residues already; give more")
         return (residues - prompt.residues + 1,) * 2
+    if shortest is not None and shortest < 0:
+        raise ValueError(f"min_length must not be negative; got {shortest}")
+    if longest is None and not prompt.residues and not prompt.gaps:
+        raise ValueError("the prompt has no residues to tell how much to write: give max_length")
     if prompt.kind == "translation" and longest is None and shortest is None:
         return (prompt.residues + 1,) * 2
     if longest is None:
@@ -288,7 +326,8 @@ def allowed(model: Model, prompt: Prompt, banned: tuple[str | int, ...], residue
     if residues_only or prompt.kind == "translation":
         letters = set(tokenizer.residue_ids)
         if prompt.kind == "translation" and prompt.task is not None:
-            letters = set(tokenizer.residues(tokenizer.tasks[OTHER_ALPHABET[prompt.task]].letters or ""))
+            wanted = tokenizer.tasks[OTHER_ALPHABET[prompt.task]].letters or ""
+            letters = set(tokenizer.residues("".join(letter for letter in wanted if letter not in tokenizer.rare)))
         letters |= {EOS, *(tokenizer.sentinel(gap) for gap in prompt.gaps)}
         may = torch.zeros_like(may).index_fill(0, torch.tensor(sorted(letters)), True)
     for token in banned:

@@ -1,6 +1,7 @@
 """What every verb does before and around the forward pass: encode, check, batch, run, and check what came out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,9 +9,11 @@ from torch import Tensor
 from plm.loading import Model
 from plm.packing import Packed, batches
 from plm.sequences import Fault, InputError
+from plm.tokens import Tokenizer
 
 Proteins = str | tuple[str, str]
 """Residues; or the heavy and the light chain of an antibody, also written ``HEAVY|LIGHT``."""
+T = TypeVar("T")
 Run = Callable[[Packed, Sequence[bytes]], list[Tensor]]
 """One batch, and its sequences without the tokens around them, to one tensor per sequence."""
 
@@ -18,7 +21,8 @@ Run = Callable[[Packed, Sequence[bytes]], list[Tensor]]
 def as_list(model: Model, sequences: Proteins | Iterable[Proteins]) -> list[str]:
     """One sequence or many, as a list of strings, with ``|`` between the chains of a pair.
 
-    For a model that takes pairs a tuple of two strings is one pair; else any tuple is a collection like a list.
+    For a model that takes pairs a tuple of two strings is one pair; else any tuple is a collection like a list. Its own
+    separator as text ("[SEP]", as on IgBert's model card) is one way to write ``|``.
 
     Raises: TypeError for anything else, or if ``model`` is not what ``plm.load`` gives.
     """
@@ -31,14 +35,16 @@ def as_list(model: Model, sequences: Proteins | Iterable[Proteins]) -> list[str]
     paired = model.tokenizer.separator is not None
     alone = isinstance(sequences, str) or (paired and isinstance(sequences, tuple) and is_pair(sequences))
     given: list[object] = [sequences] if alone else list(sequences)
-    texts = ["|".join(one) if isinstance(one, tuple) and is_pair(one) else one for one in given]
-    for i, text in enumerate(texts):
+    separator, texts = model.tokenizer.separator or "|", []
+    for i, one in enumerate(given):
+        text = "|".join(one) if isinstance(one, tuple) and is_pair(one) else one
         if not isinstance(text, str):
             raise TypeError(
-                f"sequences must be strings, or pairs (heavy, light) of strings; number {i + 1} is a "
+                f"sequences must be strings, or pairs as tuples (heavy, light); number {i + 1} is a "
                 f"{type(text).__name__}: {str(text)[:40]}"
             )
-    return texts  # type: ignore[return-value]  # just checked
+        texts.append(text.replace(separator, "|"))
+    return texts
 
 
 def is_pair(value: tuple[object, ...]) -> bool:
@@ -61,19 +67,25 @@ def choose_task(model: Model, task: str | None) -> str | None:
     return chosen
 
 
-def encode(model: Model, sequences: Sequence[str], *, task: str | None = None) -> list[bytes]:
+def encode(model: Model, sequences: Sequence[str], *, task: str | None = None, hidden: bool = True) -> list[bytes]:
     """Residue ids of every sequence, one byte each, and the separator between two chains.
+
+    ``hidden``: whether residues may be hidden, by ``<mask>`` or by a T5's ``<extra_id_0>``. Start and end tokens, task
+    prefixes and separators are never taken as text: they are not residues.
 
     Letters that all published recipes of a model read as X are read as X: U, Z, O and B of ProtT5, ProstT5, IgT5 and
     the BERTs, which have tokens for them that were never trained.
 
     Raises:
         InputError: with every sequence that is empty, too long for the model, lacks a chain, or has a letter that the
-            model does not know, and with the pairs among single chains or the reverse, before anything is computed.
+            model does not know or a token that is no residue, and with the pairs among single chains or the reverse,
+            before anything is computed.
     """
     tokenizer, limit = model.tokenizer, model.net.config.max_length
     around = sum(map(len, tokenizer.frame(task)))
     as_x = str.maketrans(dict.fromkeys(tokenizer.rare, "X"))
+    separator = b"" if tokenizer.separator is None else bytes([tokenizer.separator_id])
+    foreign = foreign_tokens(tokenizer, hidden)
     odd_ones = minority(sequences)
     rows, faults = [], []
 
@@ -81,7 +93,7 @@ def encode(model: Model, sequences: Sequence[str], *, task: str | None = None) -
         faults.append(Fault(reason, hint, record=i + 1, id=sequences[i][:12]))
 
     for i, sequence in enumerate(sequences):
-        chains = sequence.split("|")
+        chains = [chain.strip() for chain in sequence.split("|")]
         if not all(chains) or len(chains) > 2:
             fault(i, *chain_fault(chains))
             continue
@@ -89,13 +101,19 @@ def encode(model: Model, sequences: Sequence[str], *, task: str | None = None) -
             what = "a pair among single chains" if len(chains) == 2 else "a single chain among pairs"
             fault(i, what, "give all sequences as pairs HEAVY|LIGHT, or none")
             continue
+        texts = chains if separator else [sequence]  # without one, "|" is a letter that the model does not know
+        parts = []
         try:
-            row = tokenizer.residues(sequence.translate(as_x), task=task)
+            for text in texts:
+                parts.append(tokenizer.residues(text.translate(as_x), task=task))
         except ValueError as error:
-            fault(i, str(error), "mend or leave out the sequence")
+            where = f"{'light' if parts else 'heavy'} chain: " if len(texts) > 1 else ""
+            fault(i, f"{where}{error}", "mend or leave out the sequence")
             continue
-        if not row:
-            fault(i, "the sequence is empty", "leave it out")
+        row = separator.join(parts)
+        if tokens := [id for part in parts for id in part if id in foreign]:
+            hint = "give residues alone: task='...' puts the tokens before them, and a pair is HEAVY|LIGHT"
+            fault(i, f"{tokenizer.decode(tokens[:1])} is no residue", hint)
         elif limit is not None and len(row) + around > limit:
             reason = f"{len(row):,} residues; {model.checkpoint.name} takes at most {limit - around:,}"
             fault(i, reason, "cut the sequence into domains, or use ESM-2 or a T5, which have no limit")
@@ -103,6 +121,15 @@ def encode(model: Model, sequences: Sequence[str], *, task: str | None = None) -
     if faults:
         raise InputError("sequences", faults)
     return rows
+
+
+def foreign_tokens(tokenizer: Tokenizer, hidden: bool) -> bytes:
+    """Ids that no sequence may have: what stands around or between residues, and unless ``hidden`` all but letters."""
+    around = {tokenizer.start, tokenizer.end, tokenizer.separator, "<pad>", "[PAD]"}
+    around |= {task.prefix for task in tokenizer.tasks.values()}
+    return bytes(
+        i for i, token in enumerate(tokenizer.vocabulary) if token in around or (not hidden and len(token) > 1)
+    )
 
 
 def minority(sequences: Sequence[str]) -> set[int]:
@@ -130,7 +157,7 @@ def default_max_tokens(model: Model) -> int:
     """
     if model.device.type == "cuda":
         return 65_536
-    widest = model.net.config.feed_forward * model.dtype.itemsize
+    widest = model.net.config.widest * model.dtype.itemsize
     return max(1_024, min(4_096, (32 << 20) // widest))
 
 
@@ -152,29 +179,44 @@ def run(
     """
     budget = default_max_tokens(model) if max_tokens is None else max_tokens
     around = sum(map(len, model.tokenizer.frame(task)))
-    pending = list(batches([len(row) + around for row in rows], budget))
+    groups = batches([len(row) + around for row in rows], budget)
+    for batch, results in halved(model, groups, lambda some: _forward(model, [rows[i] for i in some], forward, task)):
+        for i, result in zip(batch, results, strict=True):
+            check_finite(model, i, result)
+            yield i, result
+
+
+def check_finite(model: Model, i: int, result: Tensor) -> None:
+    """Raises: FloatingPointError if the result of sequence ``i`` has a NaN or an infinity."""
+    if not result.isfinite().all():
+        advice = "" if model.dtype == torch.float32 else ", or use dtype='float32'"
+        raise FloatingPointError(
+            f"sequence {i + 1} gave a NaN or an infinity in {model.dtype}; check the weights with `plm verify`{advice}"
+        )
+
+
+def halved(model: Model, groups: Iterable[list[int]], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
+    """(group, what ``work`` makes of it) for every group; one that does not fit into memory is halved until it does.
+
+    Raises: MemoryError if a single member does not fit.
+    """
+    pending = list(groups)
     pending.reverse()
     while pending:
-        batch = pending.pop()
+        group = pending.pop()
         try:
-            results = _forward(model, [rows[i] for i in batch], forward, task)
+            result = work(group)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            if len(batch) == 1:
+            if len(group) == 1:
                 raise MemoryError(
-                    f"a sequence of {len(rows[batch[0]]):,} residues does not fit into the memory of {model.device}; "
-                    "use dtype='bfloat16' or device='cpu'"
+                    f"number {group[0] + 1} alone does not fit into the memory of {model.device}; "
+                    "use dtype='bfloat16' or device='cpu', or make it shorter"
                 ) from error.with_traceback(None)  # the traceback would keep the batch's tensors alive
-            pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+            pending += [group[len(group) // 2 :], group[: len(group) // 2]]
             continue
-        for i, result in zip(batch, results, strict=True):
-            if not result.isfinite().all():
-                raise FloatingPointError(
-                    f"sequence {i + 1} gave a NaN or an infinity in {model.dtype}; check the weights with "
-                    "`plm verify`, or use dtype='float32'"
-                )
-            yield i, result
+        yield group, result
 
 
 def out_of_memory(error: RuntimeError) -> bool:

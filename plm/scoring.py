@@ -12,7 +12,6 @@ from plm.loading import Model
 from plm.models.t5 import START, T5
 from plm.packing import Packed, batches
 from plm.running import Proteins
-from plm.sequences import Fault, InputError
 
 How = Literal["auto", "pseudo-likelihood", "single-pass"]
 
@@ -72,25 +71,9 @@ def score(
     """
     texts = running.as_list(model, sequences)
     task = running.choose_task(model, task)
-    rows = encode(model, texts, task=task)
+    rows = running.encode(model, texts, task=task, hidden=False)
     found = dict(score_rows(model, rows, how=how, task=task, max_tokens=max_tokens))
     return [found[i] for i in range(len(rows))]
-
-
-def encode(model: Model, sequences: Sequence[str], *, task: str | None = None) -> list[bytes]:
-    """``running.encode``, for sequences of residues alone. Raises: InputError also for ``<mask>`` and its kin."""
-    rows = running.encode(model, sequences, task=task)
-    tokenizer = model.tokenizer
-    letters = {i for i, token in enumerate(tokenizer.vocabulary) if len(token) == 1}
-    letters |= set() if tokenizer.separator is None else {tokenizer.separator_id}
-    strange = {i: sorted(set(row) - letters) for i, row in enumerate(rows)}
-    if faults := [
-        Fault(f"{tokenizer.decode(tokens)} is no residue", "leave it out", record=i + 1, id=sequences[i][:12])
-        for i, tokens in strange.items()
-        if tokens
-    ]:
-        raise InputError("sequences", faults)
-    return rows
 
 
 def score_rows(
@@ -101,7 +84,7 @@ def score_rows(
     task: str | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
-    """``score`` as a stream of (index, score) while they are computed; rows from ``encode``."""
+    """``score`` as a stream of (index, score) while they are computed; rows from ``running.encode``."""
     if how not in get_args(How):
         raise ValueError(f"how={how!r} is unknown; choose 'auto', 'pseudo-likelihood' or 'single-pass'")
     if isinstance(model.net, T5):
@@ -139,21 +122,21 @@ def pseudo_likelihood(
     for (i,) in batches([len(row) for row in rows], 1):
         ids = torch.tensor([*before, *rows[i], *after])
         places = residue_places(model, rows[i], task)
-        values = []
-        for group in batches([len(ids)] * len(places), budget):
+
+        @torch.inference_mode()
+        def hide(group: list[int], ids: Tensor = ids, places: Tensor = places) -> Tensor:
+            """Log-probabilities of some residues, from a copy of the sequence for each."""
             some = places[group]
             copies = ids.repeat(len(some), 1)
             copies[torch.arange(len(some)), some] = hidden
             batch = Packed.from_tokens(copies.flatten(), (len(ids),) * len(some)).to(model.device)
-            with torch.inference_mode():
-                logits = hidden_logits(model, batch, some.to(model.device), hidden)
-                values.append(own_log_probs(logits, ids[some].to(model.device)).cpu())
-        result = torch.cat(values)
-        if not result.isfinite().all():
-            raise FloatingPointError(
-                f"sequence {i + 1} gave a NaN or an infinity in {model.dtype}; try dtype='float32'"
-            )
-        yield i, Score(result.clone())
+            logits = hidden_logits(model, batch, some.to(model.device), hidden)
+            return own_log_probs(logits, ids[some].to(model.device)).cpu()
+
+        groups = batches([len(ids)] * len(places), budget)
+        values = torch.cat([found for _, found in running.halved(model, groups, hide)])
+        running.check_finite(model, i, values)
+        yield i, Score(values.clone())
 
 
 def hidden_logits(model: Model, batch: Packed, places: Tensor, hidden: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vocabularies as literal tables, and a tokenizer that looks bytes up in one.
+"""A tokenizer that looks bytes up in a table; the tables are in `vocabularies.py`.
 
 A protein's letters become ids by one table look-up per byte, at the speed of memory, because every residue token is a
 single letter. Tokens of several letters (``<mask>``) and spaces take a slower path with the same result. One letter is
@@ -17,48 +17,8 @@ from torch import Tensor
 
 from plm.packing import Packed
 
-
-def _sentinels(count: int) -> tuple[str, ...]:
-    """Tokens that stand for hidden spans. T5 numbers them from the end: ``<extra_id_0>`` is the last."""
-    return tuple(f"<extra_id_{i}>" for i in reversed(range(count)))
-
-
-def _unconfirmed(i: int) -> str:
-    """What stands for a token that only the checkpoint's own files tell; ``checked`` puts it in."""
-    return f"<id_{i}>"
-
-
-# facebookresearch/esm@2b36991, esm/data.py and constants.py; the same for ESM-1b, ESM-1v and ESM-2
-ESM = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
-
-# vocab.txt of Rostlab/prot_bert and prot_bert_bfd, which IgBert kept
-BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"LAGVESIKRDTPNQFYMHCWXUBZO")
-
-_T5 = ("<pad>", "</s>", "<unk>")
-_T5_RESIDUES = "ALGVSREDTIPKFQNYMHWCXBOUZ"
-_T5_PIECES = (*_T5, *_T5_RESIDUES)
-
-# spiece.model of Rostlab/prot_t5_xl_uniref50, of which IgT5 is a descendant
-PROTT5 = (*_T5_PIECES, *_sentinels(100))
-
-# added_tokens.json of Rostlab/ProstT5: Foldseek's 3Di states in lower case, in the order of the residues
-_STATES = "algvsredtipkfqnymhwc"
-PROSTT5 = (*PROTT5, *_STATES, "<fold2AA>", "<AA2fold>")
-
-# tokenizer.json of ElnaggarLab/ankh-base, ankh-large and ankh2-ext2
-ANKH = (*_T5_PIECES, *_sentinels(116))
-
-# ElnaggarLab/ankh3-large and ankh3-xl, from published token ids. Nobody published which of the task prefixes have the
-# ids 3 to 6, and which of the rare letters X, U, B, Z and O the ids 27 to 30.
-ANKH3 = (
-    *_T5,
-    *map(_unconfirmed, range(3, 7)),
-    *"LAGSVERTIDPKNFQYHMCW",
-    *map(_unconfirmed, range(27, 31)),
-    *_sentinels(225),
-)
-
-_RARE = "UZOB"
+UNCONFIRMED = re.compile(r"<id_\d+>|\?\d+")
+"""Texts that stand for a prefix or for a letter which only the checkpoint's own files tell; ``checked`` puts it in."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +53,7 @@ class Tokenizer:
         rare: letters that have ids, but that the published recipes all replace by X. ``encode`` leaves them alone.
         words: the published tokenizer knows a residue only as a word of its own ("M K T").
         pieces: the published tokenizer is a SentencePiece model, to which a space is a symbol like any other.
+        guessed: nobody published a vocabulary of this size, and no file beside the weights told it.
     """
 
     vocabulary: tuple[str, ...]
@@ -105,6 +66,7 @@ class Tokenizer:
     rare: str = ""
     words: bool = False
     pieces: bool = False
+    guessed: bool = False
 
     def __post_init__(self) -> None:
         if len(self.vocabulary) > 256:
@@ -254,7 +216,7 @@ class Tokenizer:
             return "'*' is a stop codon: cut the sequence there."
         if letter == "|":
             return "'|' stands between the chains of a pair, and this model takes single chains."
-        if letter in _RARE + "X" and any(_unconfirmed(i) == token for i, token in enumerate(self.vocabulary)):
+        if letter in "XUZOB" and any(UNCONFIRMED.fullmatch(token) for token in self.vocabulary):
             return "Its id may be in the checkpoint's tokenizer.json or spiece.model: put it beside the weights."
         return ""
 
@@ -313,58 +275,6 @@ class Tokenizer:
         return [self.vocabulary[i] for i in numbers]
 
 
-def esm_tokenizer() -> Tokenizer:
-    """The tokenizer of ESM-1b, ESM-1v and ESM-2."""
-    return Tokenizer(ESM, start="<cls>", end="<eos>", unknown="<unk>", mask="<mask>")
-
-
-def bert_tokenizer() -> Tokenizer:
-    """The tokenizer of ProtBert, ProtBert-BFD, IgBert and IgBert_unpaired."""
-    return Tokenizer(
-        BERT, start="[CLS]", end="[SEP]", unknown="[UNK]", mask="[MASK]", separator="[SEP]", rare=_RARE, words=True
-    )
-
-
-def prott5_tokenizer() -> Tokenizer:
-    """The tokenizer of ProtT5 and IgT5, which puts ``</s>`` between the chains of a pair."""
-    return Tokenizer(PROTT5, "</s>", "<unk>", separator="</s>", rare=_RARE, words=True, pieces=True)
-
-
-def prostt5_tokenizer() -> Tokenizer:
-    """The tokenizer of ProstT5. Upper case are residues, lower case 3Di states; the tasks translate between them."""
-    take_residues = "Lower case are 3Di states, for task='fold2aa'; residues are upper case."
-    take_states = "Foldseek writes 3Di states in upper case: call .lower() on them. Residues are for task='aa2fold'."
-    tasks = {
-        "aa2fold": Task("<AA2fold>", _T5_RESIDUES, take_residues),
-        "fold2aa": Task("<fold2AA>", _STATES, take_states),
-    }
-    return Tokenizer(PROSTT5, "</s>", "<unk>", tasks=tasks, rare=_RARE, words=True, pieces=True)
-
-
-def ankh_tokenizer() -> Tokenizer:
-    """The tokenizer of Ankh base, Ankh large and Ankh2."""
-    return Tokenizer(ANKH, "</s>", "<unk>", pieces=True)
-
-
-def ankh3_tokenizer() -> Tokenizer:
-    """The tokenizer of Ankh3 large and xl. Its tasks need the checkpoint's own vocabulary file: see ``checked``."""
-    tasks = {"nlu": Task("[NLU]"), "s2s": Task("[S2S]")}
-    return Tokenizer(ANKH3, "</s>", "<unk>", tasks=tasks, pieces=True)
-
-
-def t5_tokenizer(size: int) -> Tokenizer:
-    """The tokenizer of a T5 with ``size`` tokens: Ankh's pieces and sentinels for the rest if nobody published one.
-
-    Raises: ValueError if there is no room for these pieces, or if there are more tokens than a byte can number.
-    """
-    for make in (prott5_tokenizer, ankh_tokenizer, prostt5_tokenizer, ankh3_tokenizer):
-        if len((tokenizer := make()).vocabulary) == size:
-            return tokenizer
-    if size < len(_T5_PIECES):
-        raise ValueError(f"a T5 vocabulary of {size} tokens has no room for the {len(_T5_PIECES)} pieces of Ankh")
-    return replace(ankh_tokenizer(), vocabulary=(*_T5_PIECES, *_sentinels(size - len(_T5_PIECES))))
-
-
 def checked(tokenizer: Tokenizer, pieces: Sequence[str], where: str) -> Tokenizer:
     """The tokenizer with what a published vocabulary adds, once the two are known to agree.
 
@@ -386,7 +296,7 @@ def checked(tokenizer: Tokenizer, pieces: Sequence[str], where: str) -> Tokenize
             faults.append(f"id {i} is {text!r}, beyond the last of the table")
         elif vocabulary[i] == text:
             continue
-        elif vocabulary[i] != _unconfirmed(i):
+        elif not UNCONFIRMED.fullmatch(vocabulary[i]):
             faults.append(f"id {i} is {text!r}, wanted {vocabulary[i]!r}")
         elif text in vocabulary:
             faults.append(f"id {i} is {text!r}, which is also id {vocabulary.index(text)}")
@@ -397,4 +307,4 @@ def checked(tokenizer: Tokenizer, pieces: Sequence[str], where: str) -> Tokenize
             f"{where} is not the vocabulary of {len(vocabulary)} tokens that this kind of model was published with: "
             f"{'; '.join(faults)}. Use the files of one checkpoint together."
         )
-    return replace(tokenizer, vocabulary=tuple(vocabulary))
+    return replace(tokenizer, vocabulary=tuple(vocabulary), guessed=False)

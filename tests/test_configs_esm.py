@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import CONFIGS, GOLDEN, NAMES, fair, hub
 
-from plm import tokens
+from plm import vocabularies
 from plm.models import esm
 from plm_weights import CheckpointError, open_tensors
 from plm_weights.esm import MASK, PAD, VOCABULARY, fair_config, hub_config, hub_config_json, hub_files
@@ -16,7 +16,7 @@ from plm_weights.esm import MASK, PAD, VOCABULARY, fair_config, hub_config, hub_
 
 def test_one_vocabulary() -> None:
     """What is written into files, what the tokenizer makes and what the network counts on are the same numbers."""
-    assert tokens.ESM == VOCABULARY
+    assert vocabularies.ESM == VOCABULARY
     assert len(VOCABULARY) == esm.VOCABULARY
     assert [VOCABULARY[i] for i in (esm.CLS, esm.PAD, esm.EOS, esm.MASK)] == ["<cls>", "<pad>", "<eos>", "<mask>"]
     assert (PAD, MASK) == (esm.PAD, esm.MASK)

@@ -18,7 +18,7 @@ from transformers import BertForMaskedLM, BertModel, T5EncoderModel, T5ForCondit
 
 import plm
 from plm.conversion import TOKENIZER_FILES, Form
-from plm.tokens import ANKH3
+from plm.vocabularies import ANKH3
 from plm_weights import open_tensors
 
 GOLDEN = oracle_bert.GOLDEN.parent

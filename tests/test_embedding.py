@@ -128,7 +128,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: plm.Model, monkeypatch: pyte
     assert sizes == [4, 2, 2]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     monkeypatch.setattr(type(model.net), "forward", lambda *a, **k: limited(*a, most=0, **k))
-    with pytest.raises(MemoryError, match="16 residues does not fit into the memory of cpu"):
+    with pytest.raises(MemoryError, match="number 3 alone does not fit into the memory of cpu"):
         plm.embed(model, SEQUENCES)
 
 

@@ -186,7 +186,7 @@ CHAINS = {
     "no heavy chain": ("|DIQ", "no heavy chain"),
     "no chains": ("|", "no chains"),
     "three chains": ("EV|DI|QM", "3 chains"),
-    "a lower-case chain": ("EVQLV|diq", "character 'd' at position 7"),
+    "a lower-case chain": ("EVQLV|diq", "light chain: character 'd' at position 1"),
     "a single chain": ("EVQLV", "a single chain among pairs"),
     "too long": (("E" * 20, "D" * 18), "39 residues; igbert takes at most 38"),
 }
@@ -221,6 +221,6 @@ def test_a_model_of_single_chains_says_so(model: plm.Model) -> None:
 @pytest.mark.parametrize("wrong", [[("EVQ", None)], [("EVQ", "DIQ", "MK")], [["EVQ", "DIQ"]]])
 def test_a_pair_is_two_strings(wrong: Any) -> None:
     with pytest.raises(
-        TypeError, match=r"sequences must be strings, or pairs \(heavy, light\) of strings; number 1 is a"
+        TypeError, match=r"sequences must be strings, or pairs as tuples \(heavy, light\); number 1 is a"
     ):
         plm.embed(igbert(), wrong)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
-BASICS = {"plm.layers", "plm.packing", "plm.tokens", "plm.cache"}
+BASICS = {"plm.layers", "plm.packing", "plm.tokens", "plm.vocabularies", "plm.cache"}
 VERBS = {
     "plm.generation",
     "plm.decoding",
@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.packing": {"torch"},
     "plm.cache": {"torch", "plm_kernels", "plm.packing"},
     "plm.tokens": {"torch", "plm.packing"},
+    "plm.vocabularies": {"plm.tokens"},
     "plm.models": {"torch", "plm_kernels", *BASICS},
     "plm.sequences": {"plm.sequences"},
     "plm.outputs": {"torch", "numpy", "safetensors", "h5py", "pyarrow", "plm.outputs"},

@@ -22,7 +22,7 @@ from plm import running
 from plm.loading import Model, Origin
 from plm.models.esm import ESM, Config
 from plm.packing import in_order
-from plm.tokens import esm_tokenizer
+from plm.vocabularies import esm_tokenizer
 from plm_kernels import packing_available
 
 LENGTHS = (1, 400, 63, 111, 63, 200, 33, 63, 1, 111, 5, 2)  # equal lengths go through attention together

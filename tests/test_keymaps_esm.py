@@ -23,7 +23,6 @@ from plm_weights import (
     write_safetensors,
 )
 from plm_weights.esm import (
-    recognise,
     fair_config,
     fair_rows,
     hub_config,
@@ -31,6 +30,7 @@ from plm_weights.esm import (
     hub_files,
     hub_rows,
     key_map,
+    recognise,
     stores_frequencies,
 )
 

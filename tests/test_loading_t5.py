@@ -13,7 +13,7 @@ from test_vocabularies import spiece
 import plm
 from plm.loading import LicenceNotice
 from plm.models.t5 import T5
-from plm.tokens import ANKH, PROTT5
+from plm.vocabularies import ANKH, PROTT5
 
 SIZES = {"prott5": 128, "ankh": 144, "prostt5": 150, "ankh3": 256, "another": 40}
 PROTEINS = ["MKTAYIAKQR", "K", "ACDEFGHIKLMNPQRSTVWY"]

@@ -22,7 +22,7 @@ from parity import Outputs, differences, largest, rms, run_ours
 import plm
 import plm_kernels
 from plm.models import esm
-from plm.tokens import esm_tokenizer
+from plm.vocabularies import esm_tokenizer
 from plm_weights import import_weights
 from plm_weights.esm import hub_rows
 

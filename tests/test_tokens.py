@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import EsmTokenizer
 
-from plm.tokens import ESM, esm_tokenizer
+from plm.vocabularies import ESM, esm_tokenizer
 
 TOKENIZER = esm_tokenizer()
 PUBLISHED = EsmTokenizer(str(Path(__file__).parent / "golden" / "esm" / "esm2_tiny" / "vocab.txt"))

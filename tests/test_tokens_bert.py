@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 
-from plm.tokens import BERT, Tokenizer, bert_tokenizer
+from plm.tokens import Tokenizer
+from plm.vocabularies import BERT, bert_tokenizer
 
 FOLDER = Path(__file__).parent / "golden" / "tokenizers" / "prot_bert_bfd"
 EXAMPLES = json.loads((FOLDER / "examples.json").read_text())

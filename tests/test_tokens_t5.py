@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import T5Tokenizer
 
-from plm.tokens import (
-    Tokenizer,
+from plm.tokens import UNCONFIRMED, Tokenizer, checked
+from plm.vocabularies import (
     ankh3_tokenizer,
     ankh_tokenizer,
-    checked,
     esm_tokenizer,
     prostt5_tokenizer,
     prott5_tokenizer,
@@ -68,8 +67,9 @@ def test_the_whole_published_vocabulary(name: str) -> None:
 def test_every_id_of_ankh3_that_is_known() -> None:
     known = {**EXAMPLES["ankh3"]["confirmed_vocab"], **EXAMPLES["ankh3"]["derived_vocab"]}
     vocabulary = ankh3_tokenizer().vocabulary
-    assert {text: i for i, text in enumerate(vocabulary) if text != f"<id_{i}>"} == known
-    assert [i for i, text in enumerate(vocabulary) if text == f"<id_{i}>"] == [3, 4, 5, 6, 27, 28, 29, 30]
+    assert {text: i for i, text in enumerate(vocabulary) if not UNCONFIRMED.fullmatch(text)} == known
+    assert [i for i, text in enumerate(vocabulary) if text == f"<id_{i}>"] == [3, 4, 5, 6]
+    assert [i for i, text in enumerate(vocabulary) if text == f"?{i}"] == [27, 28, 29, 30]
 
 
 def test_published_batch_and_decoding() -> None:
@@ -255,7 +255,7 @@ def test_tasks_of_ankh3_wait_for_the_file() -> None:
         tokenizer.frame("s2s")
     with pytest.raises(ValueError, match=r"'X' at position 2.*tokenizer\.json or spiece\.model"):
         tokenizer.encode("MX")
-    assert tokenizer.decode([3, 24, 27, 1]) == "<id_3>M<id_27></s>"
+    assert tokenizer.decode([3, 24, 27, 1]) == "<id_3>M?27</s>"
     assert tokenizer.residue_text([3, 24, 27, 1]) == "M"
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import models
 from transformers import BertTokenizer, T5Tokenizer
 
-from plm.tokens import ANKH, BERT, ESM, PROSTT5, PROTT5, ankh_tokenizer, checked, prostt5_tokenizer, prott5_tokenizer
+from plm.tokens import checked
+from plm.vocabularies import ANKH, BERT, ESM, PROSTT5, PROTT5, ankh_tokenizer, prostt5_tokenizer, prott5_tokenizer
 from plm_weights.errors import CheckpointError
 from plm_weights.vocabularies import published_vocabulary
 

@@ -9,15 +9,8 @@ from oracle_t5 import randomise as randomise_t5
 import plm
 from plm.loading import Origin
 from plm.models import bert, t5
-from plm.tokens import (
-    Tokenizer,
-    ankh3_tokenizer,
-    ankh_tokenizer,
-    bert_tokenizer,
-    checked,
-    prostt5_tokenizer,
-    prott5_tokenizer,
-)
+from plm.tokens import Tokenizer, checked
+from plm.vocabularies import ankh3_tokenizer, ankh_tokenizer, bert_tokenizer, prostt5_tokenizer, prott5_tokenizer
 
 # What an Ankh3 folder could say. The layout is published, the order within 3 to 6 and within 27 to 30 is not.
 ANKH3_PIECES = ("<pad>", "</s>", "<unk>", "[NLU]", "[S2S]", "[NLG]", "[CLM]", *"LAGSVERTIDPKNFQYHMCW", *"XUBZ")

@@ -93,7 +93,15 @@ def generate(job: Job, task: str | None, layout: str | None, **settings: Any) ->
 
     with usage():
         layout = layout or layout_of(job.output, FORMATS)
-        how = chooser(*(settings[name] for name in ("temperature", "top_k", "top_p", "num_beams", "num_samples")))
+        how = chooser(
+            temperature=settings["temperature"],
+            top_k=settings["top_k"],
+            top_p=settings["top_p"],
+            num_samples=settings["num_samples"],
+            num_beams=settings["num_beams"],
+            length_penalty=settings["length_penalty"],
+            early_stopping=settings["early_stopping"],
+        )
 
     def open_output(reading: "Reading", provenance: Mapping[str, object]) -> "RowsWriter":
         return open_rows(

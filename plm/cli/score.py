@@ -48,7 +48,8 @@ def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str
     reading = job.read(task)
 
     from plm.outputs.rows import layout_of, open_rows
-    from plm.scoring import encode, score_rows
+    from plm.running import encode
+    from plm.scoring import score_rows
 
     with usage():
         layout = layout or layout_of(job.output, FORMATS[2:] if per_residue else FORMATS)
@@ -66,7 +67,9 @@ def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str
     task = choose_task(model, task)
     with usage():
         list(score_rows(model, [], how=how, task=task))  # raises what the model cannot do
-    reading, rows = job.prepare(model, reading, task, lambda sequences: encode(model, sequences, task=task))
+    reading, rows = job.prepare(
+        model, reading, task, lambda sequences: encode(model, sequences, task=task, hidden=False)
+    )
     about = {"how": "pseudo-likelihood" if how == "auto" else how, "task": task}
     writer = open_output(reading, {**job.provenance(model, reading), **about})
 

@@ -57,6 +57,11 @@ class Config:
         return self.channels // self.heads
 
     @property
+    def widest(self) -> int:
+        """Channels of the widest activation."""
+        return self.feed_forward
+
+    @property
     def max_length(self) -> int:
         """Most tokens per sequence, ``[CLS]`` and ``[SEP]`` included."""
         return self.positions

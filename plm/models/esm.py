@@ -57,6 +57,11 @@ class Config:
         return self.channels // self.heads
 
     @property
+    def widest(self) -> int:
+        """Channels of the widest activation."""
+        return self.feed_forward
+
+    @property
     def max_length(self) -> int | None:
         """Most tokens per sequence, start and end tokens included; None if only memory limits it."""
         return None if self.learned_positions is None else self.learned_positions - 2

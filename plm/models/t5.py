@@ -51,6 +51,11 @@ class Config:
     tied: bool = True
 
     @property
+    def widest(self) -> int:
+        """Channels of the widest activation."""
+        return self.feed_forward * (1 if self.activation == "relu" else 2)
+
+    @property
     def max_length(self) -> None:
         """Most tokens per sequence: only memory limits it (``n_positions`` in published files means nothing)."""
         return
@@ -249,7 +254,7 @@ class T5(nn.Module):
         )
 
     def forward(
-        self, batch: Packed, *, decoder: Packed, hidden_states: bool = False, attentions: bool = False
+        self, batch: Packed, *, decoder: Packed | None = None, hidden_states: bool = False, attentions: bool = False
     ) -> Output:
         """Encode ``batch``, and run the decoder over its own tokens, which begin with ``<pad>`` (see ``shift_right``).
 
@@ -261,6 +266,8 @@ class T5(nn.Module):
             ValueError: the checkpoint has no decoder, or the two batches do not fit each other.
         """
         stack = self.need_decoder()
+        if decoder is None:
+            raise ValueError("give decoder=Packed(...), the decoder's own tokens, or call encode(batch) for embeddings")
         if len(decoder) != len(batch):
             raise ValueError(
                 f"the encoder has {len(batch)} sequences and the decoder {len(decoder)}; one each is needed"

@@ -14,7 +14,7 @@ from oracle_esm import CleanFloat64, in_float64, transformers
 from torch import Tensor
 
 import plm_weights
-from plm.tokens import esm_tokenizer
+from plm.vocabularies import esm_tokenizer
 
 FOLDER = Path(plm_weights.__file__).parent
 SEQUENCES = ("MKTVRQERLKSIVRILERSKEPVSGAQLAEELSV", "ACD<mask>FGHIKLMNPQRSTVWYXBUZO")

@@ -1,0 +1,96 @@
+"""The published vocabularies as literal tables, each with its source, and the tokenizers that use them."""
+
+from dataclasses import replace
+
+from plm.tokens import Task, Tokenizer
+
+
+def _sentinels(count: int) -> tuple[str, ...]:
+    """Tokens that stand for hidden spans. T5 numbers them from the end: ``<extra_id_0>`` is the last."""
+    return tuple(f"<extra_id_{i}>" for i in reversed(range(count)))
+
+
+# facebookresearch/esm@2b36991, esm/data.py and constants.py; the same for ESM-1b, ESM-1v and ESM-2
+ESM = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
+
+# vocab.txt of Rostlab/prot_bert and prot_bert_bfd, which IgBert kept
+BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"LAGVESIKRDTPNQFYMHCWXUBZO")
+
+_T5 = ("<pad>", "</s>", "<unk>")
+_T5_RESIDUES = "ALGVSREDTIPKFQNYMHWCXBOUZ"
+_T5_PIECES = (*_T5, *_T5_RESIDUES)
+
+# spiece.model of Rostlab/prot_t5_xl_uniref50, of which IgT5 is a descendant
+PROTT5 = (*_T5_PIECES, *_sentinels(100))
+
+# added_tokens.json of Rostlab/ProstT5: Foldseek's 3Di states in lower case, in the order of the residues
+_STATES = "algvsredtipkfqnymhwc"
+PROSTT5 = (*PROTT5, *_STATES, "<fold2AA>", "<AA2fold>")
+
+# tokenizer.json of ElnaggarLab/ankh-base, ankh-large and ankh2-ext2
+ANKH = (*_T5_PIECES, *_sentinels(116))
+
+# ElnaggarLab/ankh3-large and ankh3-xl, from published token ids. Nobody published which of the task prefixes have the
+# ids 3 to 6, and which of the rare letters X, U, B, Z and O the ids 27 to 30: see `plm.tokens.UNCONFIRMED`.
+ANKH3 = (
+    *_T5,
+    *(f"<id_{i}>" for i in range(3, 7)),
+    *"LAGSVERTIDPKNFQYHMCW",
+    *(f"?{i}" for i in range(27, 31)),
+    *_sentinels(225),
+)
+
+_RARE = "UZOB"
+
+
+def esm_tokenizer() -> Tokenizer:
+    """The tokenizer of ESM-1b, ESM-1v and ESM-2."""
+    return Tokenizer(ESM, start="<cls>", end="<eos>", unknown="<unk>", mask="<mask>")
+
+
+def bert_tokenizer() -> Tokenizer:
+    """The tokenizer of ProtBert, ProtBert-BFD, IgBert and IgBert_unpaired."""
+    return Tokenizer(
+        BERT, start="[CLS]", end="[SEP]", unknown="[UNK]", mask="[MASK]", separator="[SEP]", rare=_RARE, words=True
+    )
+
+
+def prott5_tokenizer() -> Tokenizer:
+    """The tokenizer of ProtT5 and IgT5, which puts ``</s>`` between the chains of a pair."""
+    return Tokenizer(PROTT5, "</s>", "<unk>", separator="</s>", rare=_RARE, words=True, pieces=True)
+
+
+def prostt5_tokenizer() -> Tokenizer:
+    """The tokenizer of ProstT5. Upper case are residues, lower case 3Di states; the tasks translate between them."""
+    take_residues = "Lower case are 3Di states, for task='fold2aa'; residues are upper case."
+    take_states = "Foldseek writes 3Di states in upper case: call .lower() on them. Residues are for task='aa2fold'."
+    tasks = {
+        "aa2fold": Task("<AA2fold>", _T5_RESIDUES, take_residues),
+        "fold2aa": Task("<fold2AA>", _STATES, take_states),
+    }
+    return Tokenizer(PROSTT5, "</s>", "<unk>", tasks=tasks, rare=_RARE, words=True, pieces=True)
+
+
+def ankh_tokenizer() -> Tokenizer:
+    """The tokenizer of Ankh base, Ankh large and Ankh2."""
+    return Tokenizer(ANKH, "</s>", "<unk>", pieces=True)
+
+
+def ankh3_tokenizer() -> Tokenizer:
+    """The tokenizer of Ankh3 large and xl. Its tasks need the checkpoint's own vocabulary file: see ``checked``."""
+    tasks = {"nlu": Task("[NLU]"), "s2s": Task("[S2S]")}
+    return Tokenizer(ANKH3, "</s>", "<unk>", tasks=tasks, pieces=True)
+
+
+def t5_tokenizer(size: int) -> Tokenizer:
+    """The tokenizer of a T5 with ``size`` tokens: Ankh's pieces and sentinels for the rest if nobody published one.
+
+    Raises: ValueError if there is no room for these pieces, or if there are more tokens than a byte can number.
+    """
+    for make in (prott5_tokenizer, ankh_tokenizer, prostt5_tokenizer, ankh3_tokenizer):
+        if len((tokenizer := make()).vocabulary) == size:
+            return tokenizer
+    if size < len(_T5_PIECES):
+        raise ValueError(f"a T5 vocabulary of {size} tokens has no room for the {len(_T5_PIECES)} pieces of Ankh")
+    pieces = (*_T5_PIECES, *_sentinels(size - len(_T5_PIECES)))
+    return replace(ankh_tokenizer(), vocabulary=pieces, guessed=True)
