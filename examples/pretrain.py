@@ -26,8 +26,8 @@ from torch import Tensor
 from plm.models.esm import ESM, MASK, Config, initialise, masked_lm_loss
 from plm.packing import Packed, batches
 from plm.sequences import read_records
-from plm.tokens import ESM as VOCABULARY
-from plm.tokens import esm_tokenizer
+from plm.vocabularies import ESM as VOCABULARY
+from plm.vocabularies import esm_tokenizer
 from plm_weights import esm as published
 from plm_weights import export_weights, write_safetensors
 

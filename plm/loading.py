@@ -84,8 +84,16 @@ class Model:
         return self.net.embed.weight.dtype
 
 
-class LicenceNotice(UserWarning):
-    """Weights that may not be used for every purpose were loaded."""
+class Notice(UserWarning):
+    """Something that a user should know about what was loaded."""
+
+
+class LicenceNotice(Notice):
+    """These weights may not be used for every purpose."""
+
+
+class VocabularyNotice(Notice):
+    """Nobody told which token each id of this checkpoint is."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,7 @@ def load(
 
     Warns:
         LicenceNotice: the weights may not be used commercially (Ankh).
+        VocabularyNotice: a T5 with a vocabulary that nobody published, and no file beside the weights that tells it.
 
     Raises:
         ValueError: a T5 in float16, which overflows.
@@ -178,6 +187,11 @@ def load(
     net = build(opened, at, precision)
     if notice := opened.family.notice(opened.config):
         warnings.warn(notice, LicenceNotice, stacklevel=2)
+    if tokenizer.guessed:
+        size, advice = len(tokenizer.vocabulary), "put tokenizer.json or spiece.model beside the weights"
+        warnings.warn(
+            f"no published T5 has {size} tokens, so Ankh's letters are assumed: {advice}", VocabularyNotice, 2
+        )
     files = tuple(WeightFile(file) for file in opened.tensors.files)
     return Model(net, tokenizer, origin(path, row, opened.family.name, revision, files))
 

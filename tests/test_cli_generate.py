@@ -22,6 +22,7 @@ from command_line import (
 )
 
 import plm
+from plm.cli.errors import Code
 from plm.generation import Sample
 
 PROMPTS = {"P1": "MKTAYIAKQR", "P2": "M", "P3": "ACDEFGHIKLNP"}
@@ -365,3 +366,11 @@ def test_what_is_not_a_number_is_not_written(
     code, out, err = run("generate", prompts, "-m", ankh)
     assert (code, out) == (5, "") and "P3_1: ll_sum is nan; check the weights with `plm verify`" in err
     assert outputs(tmp_path, "in.fasta") == []
+
+
+def test_folded_states_are_refused(run: Plm, prostt5: str, tmp_path: Path) -> None:
+    """Lower case are structure states to ProstT5; read as residues they would be another protein."""
+    (tmp_path / "states.fasta").write_text(">a\ndvlvvcq\n")
+    result = run("generate", "states.fasta", "-m", prostt5, "--temperature", "0")
+    assert result.code == Code.USAGE and "--task fold2aa" in result.err
+    assert run("generate", "states.fasta", "-m", prostt5, "--temperature", "0", "--task", "fold2aa").code == Code.DONE

@@ -18,6 +18,7 @@ from transformers import BertForMaskedLM, BertModel, T5EncoderModel, T5ForCondit
 
 import plm
 from plm.conversion import TOKENIZER_FILES, Form
+from plm.tokens import UNCONFIRMED
 from plm.vocabularies import ANKH3
 from plm_weights import open_tensors
 
@@ -160,7 +161,7 @@ def test_what_an_ankh3_can_be_asked_for_survives(tmp_path: Path) -> None:
     twin = oracle_t5.Twin(2, 1, 24, 3, 8, 40, "gated-silu", "false", vocabulary=len(ANKH3))
     oracle_t5.save(oracle_t5.hub_twin(twin), twin, tmp_path)
     unconfirmed = iter(["[S2S]", "[CLM]", "[NLU]", "[NLG]", *"XUBZ"])
-    pieces = [[next(unconfirmed) if text.startswith("<id_") else text, 0.0] for text in ANKH3]
+    pieces = [[next(unconfirmed) if UNCONFIRMED.fullmatch(text) else text, 0.0] for text in ANKH3]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": pieces}}))
     wanted = plm.load(tmp_path).tokenizer.encode("MKX", task="nlu")
     assert wanted[0] == 5

@@ -1,6 +1,7 @@
 """What T5 folders become: a network, its tokenizer and one row per residue; a notice; or a refusal that says why."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from test_tokens_t5 import ANKH3_PIECES
 from test_vocabularies import spiece
 
 import plm
-from plm.loading import LicenceNotice
+from plm.loading import LicenceNotice, Notice, VocabularyNotice
 from plm.models.t5 import T5
 from plm.vocabularies import ANKH, PROTT5
 
@@ -31,7 +32,7 @@ def published(kind: str, folder: Path) -> Path:
 
 def load(kind: str, folder: Path, dtype: str = "float64") -> plm.Model:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LicenceNotice)
+        warnings.simplefilter("ignore", Notice)
         return plm.load(published(kind, folder), dtype=dtype)
 
 
@@ -81,7 +82,7 @@ def test_ankh_says_that_it_is_not_for_commercial_use(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["prott5", "prostt5", "another"])
 def test_no_other_t5_gives_a_notice(kind: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", LicenceNotice)
         assert len(plm.load(published(kind, tmp_path)).tokenizer.vocabulary) == SIZES[kind]
 
 
@@ -264,3 +265,15 @@ def test_a_vocabulary_too_small_or_too_large(tmp_path: Path) -> None:
         twin = Twin(1, 1, 16, 2, 8, 20, "relu", vocabulary=size)
         with pytest.raises(plm.CheckpointError, match=complaint):
             plm.load(save(hub_twin(twin), twin, tmp_path))
+
+
+def test_a_guessed_vocabulary_is_said(tmp_path: Path) -> None:
+    """Nobody published 40 tokens: Ankh's letters are assumed, unless a file beside the weights tells."""
+    with pytest.warns(VocabularyNotice, match="no published T5 has 40 tokens"):
+        model = plm.load(GOLDEN / "prott5_tiny")
+    assert model.tokenizer.guessed
+    shutil.copytree(GOLDEN / "prott5_tiny", tmp_path / "told")
+    (tmp_path / "told" / "tokenizer.json").write_text(tokenizer_json(list(model.tokenizer.vocabulary)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not plm.load(tmp_path / "told").tokenizer.guessed

@@ -108,6 +108,7 @@ class Job:
         self, model: "Model", reading: Reading, task: str | None, each: Callable[[list[str]], list[T]]
     ) -> tuple[Reading, list[T]]:
         """`encode`, with what ``each`` makes of the sequences in place of the residues."""
+        self._refuse_folded_states(model, reading, task)
         records, limit = reading.records, model.net.config.max_length
         try:
             prepared = each([record.sequence for record in records])
@@ -125,6 +126,15 @@ class Job:
             raise InputError(reading.source, errors)
         rest = [record for record in records if record.number not in skipped]
         return self.prepare(model, replace(reading, records=rest, failed=[*reading.failed, *faults]), task, each)
+
+    def _refuse_folded_states(self, model: "Model", reading: Reading, task: str | None) -> None:
+        """Raises: click.UsageError if lower case, now upper case, meant structure states to the model (ProstT5)."""
+        lower = [name for name, each in model.tokenizer.tasks.items() if (each.letters or "").islower()]
+        if lower and task not in lower and any("upper-cased" in change for change in reading.changes):
+            raise click.UsageError(
+                f"lower-case letters are structure states to {model.checkpoint.name}: give --task {lower[0]}, "
+                "or residues in capitals."
+            )
 
     def provenance(self, model: "Model", reading: Reading) -> dict[str, Any]:
         """What goes into every output: how each number in it came about."""

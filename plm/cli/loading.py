@@ -23,18 +23,18 @@ def usable_device(name: str) -> "torch.device":
 
 @contextmanager
 def while_loading(dtype: str, quiet: bool) -> Iterator[None]:
-    """Print what the library says of a licence as a note, unless all is to be ``quiet``.
+    """Print what the library says of licence and vocabulary as a note, unless all is to be ``quiet``.
 
     Raises: click.BadParameter for float16, which some models do not take.
     """
-    from plm.loading import LicenceNotice
+    from plm.loading import Notice
 
     refused = usage("--dtype") if dtype == "float16" else nullcontext()
     with warnings.catch_warnings(record=True) as caught, refused:
-        warnings.simplefilter("always", LicenceNotice)
+        warnings.simplefilter("always", Notice)
         yield
     for warning in caught:
-        if not issubclass(warning.category, LicenceNotice):
+        if not issubclass(warning.category, Notice):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         elif not quiet:
             note(str(warning.message))
