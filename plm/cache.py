@@ -13,6 +13,8 @@ from torch import Tensor
 from plm.packing import Packed
 from plm_kernels import runs
 
+STEP = 64  # prompts are remembered in multiples of so many tokens
+
 
 class Cache:
     """Keys and values of the tokens written so far: each ``[l, r, h, capacity, d]``, filled up to ``length``.
@@ -52,33 +54,44 @@ class Cache:
 class Memory:
     """Keys and values of encoded prompts, computed once and shared by all texts that are written to a prompt.
 
-    Rows lie prompt by prompt. Prompts of equal length that have equally many rows are attended to in one call; none is
-    padded, so a text does not depend on what else is in the batch.
+    Rows lie prompt by prompt. A prompt is padded to a multiple of ``STEP`` tokens, also when it is alone: prompts of
+    one padded length with equally many rows are attended to in one call, and a text does not depend on the others.
     """
 
-    def __init__(self, batch: Packed, rows_per_prompt: int, scale: float) -> None:
+    def __init__(self, batch: Packed, rows_per_prompt: int, scale: float, like: Tensor) -> None:
         self.lengths, self.scale = batch.lengths, scale
         self.counts = [rows_per_prompt] * len(batch)
-        self.blocks: list[list[tuple[Tensor, Tensor]]] = []  # for each layer and run of equal lengths, [count, h, t, d]
+        self.runs = runs(-(-length // STEP) * STEP for length in batch.lengths)
+        self.blocks: list[list[tuple[Tensor, Tensor]]] = []  # for each layer and run of padded lengths, [p, h, t, d]
+        self.masks: list[Tensor] = []  # for each run, [p, 1, 1, t]: 0 for a token, -inf for padding
+        precise = torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
+        places = torch.arange(max(length for _, length in self.runs))
+        padding = torch.tensor(batch.lengths)[:, None] <= places
+        for some, (_, length) in zip(padding.split([count for count, _ in self.runs]), self.runs, strict=True):
+            mask = torch.zeros(some.shape, dtype=precise).masked_fill(some, -torch.inf)
+            self.masks.append(mask[:, None, None, :length].to(like.device))
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Take the next layer's keys and values ``[n, h, d]``."""
-        shapes = runs(self.lengths)
-        sizes = [count * length for count, length in shapes]
-        laid = [
-            [piece.unflatten(0, shape).transpose(1, 2).contiguous() for piece, shape in zip(parts, shapes, strict=True)]
-            for parts in (keys.split(sizes), values.split(sizes))
-        ]
-        self.blocks.append(list(zip(*laid, strict=True)))
+        pairs = zip(keys.split(self.lengths), values.split(self.lengths), strict=True)
+        blocks = []
+        for count, length in self.runs:
+            stores = [keys.new_zeros(count, *keys.shape[1:2], length, keys.shape[2]) for _ in range(2)]
+            for i in range(count):
+                for store, piece in zip(stores, next(pairs), strict=True):
+                    store[i, :, : len(piece)] = piece.transpose(0, 1)
+            blocks.append((stores[0], stores[1]))
+        self.blocks.append(blocks)
         self._arrange()
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend with the newest token of each text: ``[r, h, d] -> [r, h, d]``."""
         mixed = []
-        for piece, (count, block, some) in zip(q.split(self.sizes), self.calls, strict=True):
-            keys, values = self.blocks[layer][block]
+        for piece, (count, run, some) in zip(q.split(self.sizes), self.calls, strict=True):
+            keys, values = self.blocks[layer][run]
             queries = piece.unflatten(0, (-1, count)).transpose(1, 2)  # [prompts, h, rows of each, d]
-            out = F.scaled_dot_product_attention(queries, keys[some], values[some], scale=self.scale)
+            mask = self.masks[run][some]
+            out = F.scaled_dot_product_attention(queries, keys[some], values[some], mask, scale=self.scale)
             mixed.append(out.transpose(1, 2).flatten(0, 1))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
@@ -89,12 +102,12 @@ class Memory:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Plan the calls: (rows per prompt, block, prompts within the block) for each run of prompts alike."""
+        """Plan the calls: (rows per prompt, run, prompts within the run) for prompts alike that lie side by side."""
         self.calls: list[tuple[int, int, slice]] = []
-        starts = [0, *accumulate(count for count, _ in runs(self.lengths))]
-        for block, (start, stop) in enumerate(pairwise(starts)):
+        starts = [0, *accumulate(count for count, _ in self.runs)]
+        for run, (start, stop) in enumerate(pairwise(starts)):
             for count, group in groupby(range(start, stop), key=self.counts.__getitem__):
                 members = list(group)
                 if count:
-                    self.calls.append((count, block, slice(members[0] - start, members[-1] + 1 - start)))
+                    self.calls.append((count, run, slice(members[0] - start, members[-1] + 1 - start)))
         self.sizes = [count * (some.stop - some.start) for count, _, some in self.calls]

@@ -27,7 +27,9 @@ def embed(
     """Embed one sequence or many, or pairs of chains.
 
     Args:
-        sequences: residues. For a model of antibody pairs (IgBert, IgT5) also ``(heavy, light)`` or ``"HEAVY|LIGHT"``.
+        sequences: residues; one string, or a list of them. For a model of antibody pairs (IgBert, IgT5) also
+            ``(heavy, light)`` or ``"HEAVY|LIGHT"``: there, a bare tuple of two strings is one pair, so put many
+            sequences into a list.
         layer: 0 are the token embeddings, ``l`` (or -1) the output of the last layer after the final norm, as in
             fair-esm's ``repr_layers`` and transformers' ``hidden_states``. Of a T5 these are the encoder's.
         pool: None gives a row per residue. "mean" and "max" are over the residues alone, never over start, end, prefix

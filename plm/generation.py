@@ -89,9 +89,10 @@ def generate(
     """Write ``num_samples`` sequences to each prompt, with a T5 that has a decoder.
 
     What is written follows from the prompt. *Completion*: plain residues; the model goes on where they stop (Ankh3,
-    with the task "s2s"). *Infilling*: residues with gaps, ``M_AY_L`` or ``M<extra_id_0>AY<extra_id_1>L``; the model
-    says what stands in each (Ankh3 with "nlu", Ankh, ProtT5). *Translation*: ProstT5's tasks "aa2fold", from amino
-    acids to 3Di states, and "fold2aa", back; one letter for each (never one of the rare U, Z, O and B).
+    with the task "s2s"; the others were never trained to). *Infilling*: residues with gaps, ``M_AY_L`` or
+    ``M<extra_id_0>AY<extra_id_1>L``; the model says what stands in each (Ankh3 with "nlu", Ankh, ProtT5).
+    *Translation*: ProstT5's tasks "aa2fold", from amino acids to 3Di states, and "fold2aa", back; one letter for each,
+    never one of the rare U, Z, O and B.
 
     With ``temperature=0`` and the same bounds the token ids are those of transformers' ``generate``. The sequences
     differ from those of Ankh3's model card in two ways. The card joins the prompt and all decoded tokens, the start
@@ -220,6 +221,8 @@ def prompt_of_ids(model: Model, given: Sequence[int] | Tensor, i: int) -> Prompt
 def prompt(model: Model, given: str, task: str | None) -> Prompt:
     """One prompt, its gaps ``_`` numbered. Raises: InputError."""
     text, tokenizer = "".join(given.split()), model.tokenizer
+    if "|" in text and tokenizer.separator is not None:
+        raise InputError("prompt", [Fault("a pair of chains", "models write single chains: give one as the prompt")])
     tasks = tokenizer.tasks
     if "_" in SENTINEL.sub("", text):
         if SENTINEL.search(text):
@@ -302,8 +305,10 @@ def default_max_tokens(net: T5) -> int:
 def lengths(prompt: Prompt, shortest: int | None, longest: int | None, residues: int | None) -> tuple[int, int]:
     """The least and the greatest number of tokens, the start token counted."""
     if residues is not None:
-        if shortest is not None or longest is not None or prompt.kind != "completion":
-            raise ValueError("length is of a completed sequence, and takes the place of max_length and min_length")
+        if prompt.kind != "completion":
+            raise ValueError(f"length is of a completed sequence, and this is a case of {prompt.kind}: leave it out")
+        if shortest is not None or longest is not None:
+            raise ValueError("length takes the place of max_length and min_length: give the one or the others")
         if residues <= prompt.residues:
             raise ValueError(f"length={residues}, but the prompt has {prompt.residues} residues already; give more")
         return (residues - prompt.residues + 1,) * 2

@@ -185,7 +185,8 @@ def load(
     if row is not None and row.pairs is False:
         tokenizer = replace(tokenizer, separator=None)
     net = build(opened, at, precision)
-    if notice := opened.family.notice(opened.config):
+    notice = opened.family.notice(opened.config)
+    if notice:
         warnings.warn(notice, LicenceNotice, stacklevel=2)
     if tokenizer.guessed:
         size, advice = len(tokenizer.vocabulary), "put tokenizer.json or spiece.model beside the weights"
@@ -193,7 +194,8 @@ def load(
             f"no published T5 has {size} tokens, so Ankh's letters are assumed: {advice}", VocabularyNotice, 2
         )
     files = tuple(WeightFile(file) for file in opened.tensors.files)
-    return Model(net, tokenizer, origin(path, row, opened.family.name, revision, files))
+    came = origin(path, row, opened.family.name, revision, files)
+    return Model(net, tokenizer, came if row or not notice else replace(came, licence=notice))
 
 
 def origin(

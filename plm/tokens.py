@@ -147,7 +147,7 @@ class Tokenizer:
             if prefix not in self._ids:
                 raise ValueError(
                     f"task={task!r} needs the id of {prefix}, which only the checkpoint's own vocabulary tells: "
-                    "put its tokenizer.json or spiece.model beside the weights"
+                    "put its tokenizer.json or spiece.model beside the weights, or ask for no prefix with task='none'"
                 )
             before += bytes([self._ids[prefix]])
         return before, bytes([self.end_id])

@@ -327,8 +327,8 @@ def test_what_cannot_be_translated(prompt: str, task: str | None, wrong: str) ->
         ({"top_p": 0}, "top_p must be above 0 and at most 1"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0, 1 for none; got 0"),
         ({"length": 3}, "length=3, but the prompt has 3 residues already; give more"),
-        ({"length": 9, "max_length": 5}, "length is of a completed sequence, and takes the place of max_length"),
-        ({"length": 9, "min_length": 5}, "length is of a completed sequence, and takes the place of max_length"),
+        ({"length": 9, "max_length": 5}, "takes the place of max_length"),
+        ({"length": 9, "min_length": 5}, "takes the place of max_length"),
         ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
     ],
 )

@@ -18,6 +18,7 @@ from plm_kernels import (
     pack_weight,
     packing_available,
     reference,
+    rms_norm,
     rotary_half,
     rotary_pairs,
 )
@@ -377,3 +378,23 @@ def test_packed_linear(inputs: int, outputs: int, gelu: bool) -> None:
         assert (whole - truth).abs().max() <= 2 * (plain - truth).abs().max()
         for rows in (0, 1, 2, 3, 17, 128, 259):
             assert torch.equal(linear(x[:rows], packed, bias, gelu=gelu), whole[:rows]), rows
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 64), (33, 768)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rms_norm_equals_the_formula(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Both ways, with gradients and without; rows of zeros and of tiny numbers, where eps counts."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+    x[0] *= 1e-4
+    x, weight = x.to(dtype), torch.randn(shape[1], generator=generator, dtype=torch.float64).to(dtype)
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-6)
+    formula = reference.rms_norm(x, weight, 1e-6).double()
+    # The noise floor: what rounding to the dtype costs the formula itself, and in float64 a few units in the last place.
+    floor = (formula - truth).square().mean().sqrt() + 1e-15 * truth.abs().max()
+    with torch.inference_mode():
+        fast = rms_norm(x, weight, 1e-6).double()
+    with torch.enable_grad():
+        plain = rms_norm(x, weight.requires_grad_(), 1e-6).double()
+    for ours in (fast, plain.detach()):
+        assert (ours - truth).square().mean().sqrt() <= 2 * floor

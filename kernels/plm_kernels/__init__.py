@@ -1,6 +1,7 @@
-"""Kernels of plm: attention on packed sequences, rotary positions, packed linear weights. Imports torch alone."""
+"""Kernels of plm: attention on packed sequences, rotary positions, packed linear weights, norms. Imports torch alone."""
 
 from plm_kernels.linear import linear, pack_weight, packing_available
+from plm_kernels.norms import rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
 from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs
@@ -14,6 +15,7 @@ __all__ = [
     "linear",
     "pack_weight",
     "packing_available",
+    "rms_norm",
     "rotary_half",
     "rotary_pairs",
     "runs",

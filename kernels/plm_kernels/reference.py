@@ -110,3 +110,9 @@ def rotary_pairs(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((turned, rest), dim=-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * x / sqrt(mean(x ** 2) + eps)`` over the channels of ``[n, c]``; the mean in float32 at least."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (x * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

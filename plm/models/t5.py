@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from plm.cache import Cache, Memory
 from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import RelativeBias, attention, attention_weights, linear
+from plm_kernels import RelativeBias, attention, attention_weights, linear, rms_norm
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 START = PAD  # the decoder's first token
@@ -52,8 +52,8 @@ class Config:
 
     @property
     def widest(self) -> int:
-        """Channels of the widest activation."""
-        return self.feed_forward * (1 if self.activation == "relu" else 2)
+        """Channels of the widest activation: both halves of a gated one lie beside their product."""
+        return self.feed_forward * (1 if self.activation == "relu" else 3)
 
     @property
     def max_length(self) -> None:
@@ -84,7 +84,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class PositionBias(nn.Module):
@@ -307,7 +307,7 @@ class T5(nn.Module):
         """
         stack, config = self.need_decoder(), self.config
         encoded = self.encode(batch).hidden
-        memory = Memory(batch, rows_per_prompt, scale=1.0)
+        memory = Memory(batch, rows_per_prompt, scale=1.0, like=encoded)
         for block in stack:
             memory.add(*block.cross.keys_values(encoded))
         shape = (config.decoder_layers, len(batch) * rows_per_prompt, config.heads, capacity, config.head_size)

@@ -135,7 +135,10 @@ def hub_config(settings: Mapping[str, object], meta: Mapping[str, Tensor]) -> di
     whole = settings.get("architectures") != ["T5EncoderModel"]
     has_decoder = whole and any(name.startswith(f"{prefix}decoder.block.") for name in meta)
     if has_decoder and not tied and f"{prefix}lm_head.weight" not in meta:
-        raise CheckpointError("tie_word_embeddings is false in the configuration, but there is no lm_head.weight")
+        raise CheckpointError(
+            "by tie_word_embeddings or scale_decoder_outputs the head is not the embedding, "
+            "but there is no lm_head.weight"
+        )
     return {
         "vocabulary": read_size(settings, "vocab_size"),
         "layers": layers,
