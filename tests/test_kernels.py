@@ -390,7 +390,7 @@ def test_rms_norm_equals_the_formula(dtype: torch.dtype, shape: tuple[int, int])
     x, weight = x.to(dtype), torch.randn(shape[1], generator=generator, dtype=torch.float64).to(dtype)
     truth = reference.rms_norm(x.double(), weight.double(), 1e-6)
     formula = reference.rms_norm(x, weight, 1e-6).double()
-    # The noise floor: what rounding to the dtype costs the formula itself, and in float64 a few units in the last place.
+    # The noise floor: what rounding to the dtype costs the formula itself; in float64 a few units in the last place.
     floor = (formula - truth).square().mean().sqrt() + 1e-15 * truth.abs().max()
     with torch.inference_mode():
         fast = rms_norm(x, weight, 1e-6).double()

@@ -1,4 +1,4 @@
-"""Kernels of plm: attention on packed sequences, rotary positions, packed linear weights, norms. Imports torch alone."""
+"""Kernels of plm: attention on packed sequences, rotary positions, packed linear weights, norms. Imports only torch."""
 
 from plm_kernels.linear import linear, pack_weight, packing_available
 from plm_kernels.norms import rms_norm
