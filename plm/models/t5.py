@@ -55,10 +55,7 @@ class Config:
         """Channels of the widest activation: both halves of a gated one lie beside their product."""
         return self.feed_forward * (1 if self.activation == "relu" else 3)
 
-    @property
-    def max_length(self) -> None:
-        """Most tokens per sequence: only memory limits it (``n_positions`` in published files means nothing)."""
-        return
+    max_length = None  # most tokens per sequence: only memory limits it (``n_positions`` in published files is ignored)
 
 
 @dataclass(frozen=True)
