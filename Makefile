@@ -18,6 +18,9 @@ lint: .venv/test
 
 bench: .venv/test
 	$(BIN)/python bench/embed.py
+	$(BIN)/python bench/t5_encoder.py
+	$(BIN)/python bench/complete.py
+	$(BIN)/python bench/igbert.py
 
 # torch first and alone: the pinned build is the CPU one, and nothing after it may replace it.
 .venv/torch: constraints.txt
