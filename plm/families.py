@@ -3,7 +3,7 @@
 A row per family. What is here holds for loading and conversion; other verbs know nothing of families.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,6 +36,9 @@ class Family:
     hub_files: Callable[[Mapping[str, Any], str], dict[str, str]]  # config, dtype: what transformers wants beside them
     original_rows: Callable[[Any], KeyMap]  # the tensors of the files that its authors published
     tokenizer: Callable[[Any], tokens.Tokenizer]
+    told_tokenizer: Callable[[Any, Sequence[str]], tokens.Tokenizer] | None = (
+        None  # from a file, where none is published
+    )
     computed: Callable[[Iterable[str], Any], State] = lambda names, config: {}  # what files may leave out
     loaded: Callable[[str, State, Any], State] = lambda layout, state, config: state  # the original's rule on loading
     always_float32: frozenset[str] = frozenset()
@@ -127,6 +130,7 @@ FAMILIES = (
         hub_files=published_t5.hub_files,
         original_rows=t5_original_rows,
         tokenizer=lambda config: vocabularies.t5_tokenizer(config.vocabulary),
+        told_tokenizer=lambda config, pieces: vocabularies.told_tokenizer(config.vocabulary, pieces),
         float32_at_least=frozenset({"encoder.relative_bias.weight", "decoder.relative_bias.weight"}),
         no_float16="the residual stream of a T5 exceeds 65,504, the largest float16, and turns into infinities",
         notice=ankh_notice,

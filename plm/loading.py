@@ -126,6 +126,8 @@ class Opened:
     def tokenizer(self) -> Tokenizer:
         """The family's own table, compared with the vocabulary beside the weights if there is one.
 
+        Where nobody published a table of this size, the file is all there is to know.
+
         Raises: CheckpointError if the two disagree.
         """
         weights = self.tensors.files[0]
@@ -137,6 +139,8 @@ class Opened:
             return table
         pieces, file = found
         with naming(file):
+            if table.guessed and self.family.told_tokenizer:
+                return self.family.told_tokenizer(self.config, pieces)
             return checked(table, pieces, file.name)
 
 

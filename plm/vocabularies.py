@@ -1,5 +1,6 @@
 """The published vocabularies as literal tables, each with its source, and the tokenizers that use them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from plm.tokens import Task, Tokenizer
@@ -42,6 +43,14 @@ ANKH3 = (
 
 _RARE = "UZOB"
 
+_ANKH3_TASKS = {"nlu": Task("[NLU]"), "s2s": Task("[S2S]")}
+_TAKE_RESIDUES = "Lower case are 3Di states, for task='fold2aa'; residues are upper case."
+_TAKE_STATES = "Foldseek writes 3Di states in upper case: call .lower() on them. Residues are for task='aa2fold'."
+_PROSTT5_TASKS = {
+    "aa2fold": Task("<AA2fold>", _T5_RESIDUES, _TAKE_RESIDUES),
+    "fold2aa": Task("<fold2AA>", _STATES, _TAKE_STATES),
+}
+
 
 def esm_tokenizer() -> Tokenizer:
     """The tokenizer of ESM-1b, ESM-1v and ESM-2."""
@@ -62,13 +71,7 @@ def prott5_tokenizer() -> Tokenizer:
 
 def prostt5_tokenizer() -> Tokenizer:
     """The tokenizer of ProstT5. Upper case are residues, lower case 3Di states; the tasks translate between them."""
-    take_residues = "Lower case are 3Di states, for task='fold2aa'; residues are upper case."
-    take_states = "Foldseek writes 3Di states in upper case: call .lower() on them. Residues are for task='aa2fold'."
-    tasks = {
-        "aa2fold": Task("<AA2fold>", _T5_RESIDUES, take_residues),
-        "fold2aa": Task("<fold2AA>", _STATES, take_states),
-    }
-    return Tokenizer(PROSTT5, "</s>", "<unk>", tasks=tasks, rare=_RARE, words=True, pieces=True)
+    return Tokenizer(PROSTT5, "</s>", "<unk>", tasks=_PROSTT5_TASKS, rare=_RARE, words=True, pieces=True)
 
 
 def ankh_tokenizer() -> Tokenizer:
@@ -78,19 +81,26 @@ def ankh_tokenizer() -> Tokenizer:
 
 def ankh3_tokenizer() -> Tokenizer:
     """The tokenizer of Ankh3 large and xl. Its tasks need the checkpoint's own vocabulary file: see ``checked``."""
-    tasks = {"nlu": Task("[NLU]"), "s2s": Task("[S2S]")}
-    return Tokenizer(ANKH3, "</s>", "<unk>", tasks=tasks, pieces=True)
+    return Tokenizer(ANKH3, "</s>", "<unk>", tasks=_ANKH3_TASKS, pieces=True)
 
 
 def t5_tokenizer(size: int) -> Tokenizer:
-    """The tokenizer of a T5 with ``size`` tokens: Ankh's pieces and sentinels for the rest if nobody published one.
-
-    Raises: ValueError if there is no room for these pieces, or if there are more tokens than a byte can number.
-    """
+    """The tokenizer of a T5 with ``size`` tokens; where nobody published one, a guess: Ankh's pieces, and sentinels."""
     for make in (prott5_tokenizer, ankh_tokenizer, prostt5_tokenizer, ankh3_tokenizer):
         if len((tokenizer := make()).vocabulary) == size:
             return tokenizer
-    if size < len(_T5_PIECES):
-        raise ValueError(f"a T5 vocabulary of {size} tokens has no room for the {len(_T5_PIECES)} pieces of Ankh")
-    pieces = (*_T5_PIECES, *_sentinels(size - len(_T5_PIECES)))
-    return replace(ankh_tokenizer(), vocabulary=pieces, guessed=True)
+    rest = size - len(_T5_PIECES) if size <= 256 else 0  # ids of sequences are bytes
+    return replace(ankh_tokenizer(), vocabulary=(*_T5_PIECES, *_sentinels(rest))[:size], guessed=True)
+
+
+def told_tokenizer(size: int, pieces: Sequence[str]) -> Tokenizer:
+    """The tokenizer of a T5 with ``size`` tokens that nobody published, from its own file (see ``checked``).
+
+    Ids that the file leaves out are sentinels, numbered from the end as T5 does.
+    """
+    vocabulary = [piece.removeprefix("▁") or piece for piece in pieces]
+    vocabulary += [""] * (size - len(pieces))
+    vocabulary = [text or f"<extra_id_{size - 1 - i}>" for i, text in enumerate(vocabulary)]
+    marked = any(piece.startswith("▁") and len(piece) == 2 for piece in pieces)
+    tasks = {name: task for name, task in (_ANKH3_TASKS | _PROSTT5_TASKS).items() if task.prefix in vocabulary}
+    return Tokenizer(tuple(vocabulary), "</s>", "<unk>", tasks=tasks, words=marked, pieces=True)

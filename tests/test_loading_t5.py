@@ -260,11 +260,23 @@ def test_there_is_no_start_token_to_pool(tmp_path: Path) -> None:
         plm.embed(load("prott5", tmp_path), "MKT", pool="cls")
 
 
-def test_a_vocabulary_too_small_or_too_large(tmp_path: Path) -> None:
-    for size, complaint in ((27, "no room for the 28 pieces"), (257, "256 tokens")):
-        twin = Twin(1, 1, 16, 2, 8, 20, "relu", vocabulary=size)
-        with pytest.raises(plm.CheckpointError, match=complaint):
-            plm.load(save(hub_twin(twin), twin, tmp_path))
+@pytest.mark.parametrize("size", [20, 300])
+def test_a_vocabulary_of_any_size_is_loaded(size: int, tmp_path: Path) -> None:
+    """The network is what it is; of the letters only so many are guessed."""
+    twin = Twin(1, 1, 16, 2, 8, 20, "relu", vocabulary=size)
+    with pytest.warns(VocabularyNotice, match="put tokenizer.json"):
+        model = plm.load(save(hub_twin(twin), twin, tmp_path))
+    assert model.net.embed.num_embeddings == size and len(model.tokenizer.vocabulary) <= 28
+
+
+def test_a_file_tells_a_vocabulary_that_nobody_published(tmp_path: Path) -> None:
+    """Pieces and prefixes are the file's; what it leaves out are sentinels."""
+    shutil.copytree(GOLDEN / "ankh3_tiny", tmp_path / "told")
+    pieces = ["<pad>", "</s>", "<unk>", "[S2S]", "[NLU]", *"VTAMKLGS"]
+    (tmp_path / "told" / "tokenizer.json").write_text(tokenizer_json(pieces))
+    tokenizer = plm.load(tmp_path / "told").tokenizer
+    assert tokenizer.encode("MKV", task="nlu") == [4, 8, 9, 5, 1] and tokenizer.sentinel(0) == 47
+    assert len(plm.embed(plm.load(tmp_path / "told"), "MKV")[0]) == 3
 
 
 def test_a_guessed_vocabulary_is_said(tmp_path: Path) -> None:

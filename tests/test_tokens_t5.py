@@ -298,10 +298,8 @@ def test_the_vocabulary_is_chosen_by_its_size() -> None:
     assert small.vocabulary[:28] == ankh_tokenizer().vocabulary[:28]
     assert [small.sentinel(i) for i in range(20)] == list(range(47, 27, -1))
     assert len(t5_tokenizer(28).vocabulary) == 28
-    with pytest.raises(ValueError, match="27 tokens has no room for the 28 pieces"):
-        t5_tokenizer(27)
-    with pytest.raises(ValueError, match=r"may have 256 tokens.*got 32128"):
-        t5_tokenizer(32128)
+    assert t5_tokenizer(20).vocabulary == t5_tokenizer(28).vocabulary[:20]
+    assert t5_tokenizer(300).vocabulary == t5_tokenizer(28).vocabulary
 
 
 def test_no_start_and_no_mask() -> None:
