@@ -80,12 +80,10 @@ def embed_rows(
         raise ValueError(f"{model.checkpoint.name} has no start token; pool with 'mean' or 'max'")
     if per_chain and pool in ("cls", "card"):
         raise ValueError(f"pool {pool!r} is one vector for both chains; leave out per_chain, or choose 'mean' or 'max'")
-    last = number == model.net.config.layers
     before, after = map(len, model.tokenizer.frame(task))
 
     def forward(batch: Packed, rows: Sequence[bytes]) -> list[Tensor]:
-        out = model.net.encode(batch, hidden_states=not last)
-        states = out.hidden if last or out.hidden_states is None else out.hidden_states[number]
+        states = model.net.encode(batch, layer=number).hidden
         if pool == "cls":
             return [tokens[0] for tokens in batch.split(states)]
         inside = [tokens[before : len(tokens) - after] for tokens in batch.split(states)]

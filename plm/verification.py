@@ -137,9 +137,7 @@ def values(model: Model, check: Check) -> Tensor:
     inner = slice(before, len(ids) - after)
     batch = Packed.from_ids([ids], device=model.device)
     if check.what in ("hidden", "mean"):
-        states = net.encode(batch, hidden_states=True).hidden_states
-        assert states is not None and check.layer is not None
-        hidden = states[check.layer]
+        hidden = net.encode(batch, layer=check.layer).hidden
         return hidden if check.what == "hidden" else hidden[inner].float().mean(0, keepdim=True)
     if check.what == "contacts":
         contacts: Tensor = net(batch, contacts=True, logits=False).contacts[0]

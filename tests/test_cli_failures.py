@@ -51,7 +51,7 @@ def test_too_long_is_said_before_anything_is_computed(
     run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CUDA an index beyond the position table of ESM-1b poisons the whole process."""
-    monkeypatch.setattr("plm.models.esm.ESM.forward", None)
+    monkeypatch.setattr("plm.models.esm.ESM.encode", None)
     (tmp_path / "in.fasta").write_text(f">empty\n>fits\n{'A' * 1022}\n>long\n{'A' * 1023}\n")
     code, _, err = run("embed", "in.fasta", "-m", ESM1B, "-o", "out.h5", "--skip-empty")
     told = "in.fasta: line 4, record 3 'long': 1,023 residues; esm1b_tiny takes at most 1,022"
@@ -171,7 +171,7 @@ def cpu_memory(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize("fail", [cuda_memory, cpu_memory])
 def test_out_of_memory(run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None]) -> None:
-    monkeypatch.setattr("plm.models.esm.ESM.forward", fail)
+    monkeypatch.setattr("plm.models.esm.ESM.encode", fail)
     code, out, err = run("embed", "MKT", "-m", ESM2, "-o", "out.h5")
     assert (code, out) == (6, "") and "out of memory" in err and "What to do" in err
     assert outputs(tmp_path) == []
@@ -181,7 +181,7 @@ def test_a_bug_keeps_its_traceback(run: Plm, tmp_path: Path, monkeypatch: pytest
     def fail(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("plm.models.esm.ESM.forward", fail)
+    monkeypatch.setattr("plm.models.esm.ESM.encode", fail)
     with pytest.raises(KeyError, match="a bug"):
         run("embed", "MKT", "-m", ESM2, "-o", "out.h5")
     assert outputs(tmp_path) == []

@@ -98,7 +98,9 @@ def test_all_bad_sequences_are_named_before_anything_runs(model: plm.Model, monk
 def test_esm1b_refuses_1023_residues_before_anything_runs(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = plm.load(golden / "esm" / "esm1b_tiny")
     assert plm.embed(model, "M" * 1022)[0].shape == (1022, 24)
-    monkeypatch.setattr(type(model.net), "forward", lambda *_: pytest.fail("computed before the length was checked"))
+    monkeypatch.setattr(
+        type(model.net), "encode", lambda *_, **__: pytest.fail("computed before the length was checked")
+    )
     with pytest.raises(plm.InputError, match="1,023 residues; esm1b_tiny takes at most 1,022"):
         plm.embed(model, ["MKT", "M" * 1023])
 
@@ -111,23 +113,37 @@ def test_a_nan_is_never_returned(golden: Path) -> None:
         plm.embed(model, "MKT")
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_layers_beyond_the_wanted_one_are_not_computed(model: plm.Model, layer: int) -> None:
+    calls: list[int] = []
+    hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in model.net.blocks]
+    expected = model.net(model.tokenizer.pack(["MKT"]), hidden_states=True).hidden_states[layer][1:-1]
+    calls.clear()
+    try:
+        torch.testing.assert_close(plm.embed(model, "MKT", layer=layer)[0], expected, rtol=0, atol=1e-5)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) == layer
+
+
 def test_a_batch_that_does_not_fit_is_halved(model: plm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory with more than two sequences: the same results come in smaller batches, one alone is an error."""
     expected = plm.embed(model, SEQUENCES)
-    forward = type(model.net).forward
+    encode = type(model.net).encode
     sizes: list[int] = []
 
     def limited(self: torch.nn.Module, batch: plm.Packed, most: int = 2, **options: bool) -> object:
         sizes.append(len(batch))
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, batch, **options)
+        return encode(self, batch, **options)
 
-    monkeypatch.setattr(type(model.net), "forward", limited)
+    monkeypatch.setattr(type(model.net), "encode", limited)
     found = plm.embed(model, SEQUENCES)
     assert sizes == [4, 2, 2]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    monkeypatch.setattr(type(model.net), "forward", lambda *a, **k: limited(*a, most=0, **k))
+    monkeypatch.setattr(type(model.net), "encode", lambda *a, **k: limited(*a, most=0, **k))
     with pytest.raises(MemoryError, match="number 3 alone does not fit into the memory of cpu"):
         plm.embed(model, SEQUENCES)
 

@@ -177,13 +177,22 @@ class BERT(nn.Module):
         )
 
     def encode(
-        self, batch: Packed, *, types: Tensor | None = None, hidden_states: bool = False, attentions: bool = False
+        self,
+        batch: Packed,
+        *,
+        types: Tensor | None = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+        layer: int | None = None,
     ) -> Output:
-        """Run the encoder without any head; arguments and errors as ``forward``."""
+        """Run the encoder without any head, up to ``layer`` (0 are the embeddings) or to its end.
+
+        Other arguments and errors as ``forward``.
+        """
         x = self.embed_tokens(batch, types)
         maps: Maps | None = [] if attentions else None
         states = [x]
-        for block in self.blocks:
+        for block in self.blocks[:layer]:
             x = block(x, batch, maps)
             if hidden_states:
                 states.append(x)

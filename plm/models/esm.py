@@ -245,10 +245,7 @@ class ESM(nn.Module):
             raise ValueError(
                 "this checkpoint has no contact head (ESM-1v was published without one); use ESM-1b or ESM-2"
             )
-        x = self.embed_tokens(batch)
-        turns = None
-        if self.config.learned_positions is None:
-            turns = Turns.at(batch.positions, self.frequencies, self.embed.weight.dtype)
+        x, turns = self.embed_tokens(batch), self.turns(batch)
         contact_head = self.contact_head if contacts else None
         watch = Watch(batch, attentions, contact_head, x) if attentions or contacts else None
         states = [x]
@@ -269,10 +266,18 @@ class ESM(nn.Module):
             token_logits=self.token_classifier(x) if self.token_classifier else None,
         )
 
-    def encode(self, batch: Packed, *, hidden_states: bool = False) -> Output:
-        """The encoder without its heads' logits: what embeddings need."""
-        out: Output = self(batch, hidden_states=hidden_states, logits=False)
-        return out
+    def encode(self, batch: Packed, *, layer: int | None = None) -> Output:
+        """The encoder alone, up to ``layer`` (0 are the embeddings) or to its end: ``hidden`` is the state there."""
+        x, turns = self.embed_tokens(batch), self.turns(batch)
+        for block in self.blocks[:layer]:
+            x = block(x, batch, turns, None)
+        return Output(hidden=x if layer is not None and layer < self.config.layers else self.norm(x))
+
+    def turns(self, batch: Packed) -> Turns | None:
+        """How far each token is turned; None where positions are learned."""
+        if self.config.learned_positions is not None:
+            return None
+        return Turns.at(batch.positions, self.frequencies, self.embed.weight.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """What the masked-language-model head makes of encoder output: ``[n, c] -> [n, v]``."""

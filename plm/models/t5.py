@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -23,11 +24,9 @@ from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
 from plm_kernels import RelativeBias, attention, attention_weights, linear, rms_norm
 
-PAD, EOS, UNKNOWN = 0, 1, 2
-START = PAD  # the decoder's first token
+PAD, EOS, START = 0, 1, 0  # the decoder begins with padding
 Activation = Literal["relu", "gated-gelu", "gated-silu"]
-Maps = list[list[Tensor]]
-"""Attention maps ``[h, t, t]`` by layer and sequence."""
+Maps = list[list[Tensor]]  # attention maps [h, t, t] by layer and sequence
 
 
 @dataclass(frozen=True)
@@ -230,8 +229,10 @@ class T5(nn.Module):
         self.lm_head = Linear(config.channels, config.vocabulary, bias=False) if has_head else None
         self.tied_head = PackedWeight()
 
-    def encode(self, batch: Packed, *, hidden_states: bool = False, attentions: bool = False) -> Output:
-        """The encoder alone.
+    def encode(
+        self, batch: Packed, *, hidden_states: bool = False, attentions: bool = False, layer: int | None = None
+    ) -> Output:
+        """The encoder alone, up to ``layer`` (0 are the embeddings) or to its end.
 
         Args:
             hidden_states: keep the embeddings and every layer's output.
@@ -242,10 +243,11 @@ class T5(nn.Module):
         attend = self_attention(batch, bias, causal=False, maps=maps)
         x = self.embed(batch.tokens)
         states = [x]
-        for block in self.encoder:
+        for block in islice(self.encoder, layer):
             x = block(x, attend)
             states = [*states, x] if hidden_states else states
-        x = self.encoder.norm(x)
+        if layer is None or layer == self.config.layers:
+            x = self.encoder.norm(x)
         return Output(
             hidden=x, hidden_states=(*states[:-1], x) if hidden_states else None, attentions=by_sequence(maps)
         )
