@@ -70,6 +70,7 @@ class Memory:
         for some, (_, length) in zip(padding.split([count for count, _ in self.runs]), self.runs, strict=True):
             mask = torch.zeros(some.shape, dtype=precise).masked_fill(some, -torch.inf)
             self.masks.append(mask[:, None, None, :length].to(like.device))
+        self._arrange()
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Take the next layer's keys and values ``[n, h, d]``."""
@@ -82,7 +83,6 @@ class Memory:
                     store[i, :, : len(piece)] = piece.transpose(0, 1)
             blocks.append((stores[0], stores[1]))
         self.blocks.append(blocks)
-        self._arrange()
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attend with the newest token of each text: ``[r, h, d] -> [r, h, d]``."""

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from plm.families import FAMILIES, Config, Family
+from plm.families import CONFIGURED, FAMILIES, Config, Family
 from plm.loading import Opened, choose_dtype, locate, open_checkpoint
 from plm.models import esm
 from plm_weights import CheckpointError, export_weights, write_fair_esm, write_safetensors, write_torch
@@ -88,7 +88,7 @@ def convert(
 
 def tokenizer_files(opened: Opened) -> Files:
     """Those beside the weights, where that is their place."""
-    if opened.layout not in opened.family.settings_beside:
+    if opened.layout not in CONFIGURED:
         return NO_FILES
     beside = (opened.tensors.files[0].with_name(name) for name in TOKENIZER_FILES)
     return {file.name: file.read_bytes() for file in beside if file.is_file()}

@@ -19,6 +19,7 @@ from plm_weights import t5 as published_t5
 Network = esm.ESM | bert.BERT | t5.T5
 Config = esm.Config | bert.Config | t5.Config
 State = dict[str, Tensor]
+CONFIGURED = ("hub", "plm")  # layouts with a config.json beside the weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Family:
     network: Callable[[Any], Network]  # from its own config
     config: Callable[..., Config]
     layout: Callable[[Iterable[str]], str | None]  # from tensor names; None: another family's
-    settings_beside: frozenset[str]  # layouts with a config.json beside the weights
     read_config: Callable[[str, Mapping[str, object], TensorSource], dict[str, Any]]  # layout, settings, tensors
     key_map: Callable[[Iterable[str], Any], KeyMap]
     hub_rows: Callable[[Any], KeyMap]  # from its config: the tensors that transformers 5 writes
@@ -94,7 +94,6 @@ FAMILIES = (
         network=esm.ESM,
         config=esm.Config,
         layout=published_esm.recognise,
-        settings_beside=frozenset({"hub", "plm"}),
         read_config=esm_settings,
         key_map=lambda names, config: published_esm.key_map(names, **esm_form(config)),
         hub_rows=lambda config: published_esm.hub_rows(**esm_form(config)),
@@ -110,7 +109,6 @@ FAMILIES = (
         network=bert.BERT,
         config=bert.Config,
         layout=published_bert.recognise,
-        settings_beside=frozenset({"hub", "plm"}),
         read_config=lambda layout, settings, tensors: published_bert.hub_config(settings, tensors.meta),
         key_map=lambda names, config: published_bert.key_map(names, asdict(config)),
         hub_rows=lambda config: published_bert.hub_rows(asdict(config)),
@@ -123,7 +121,6 @@ FAMILIES = (
         network=t5.T5,
         config=t5.Config,
         layout=published_t5.recognise,
-        settings_beside=frozenset({"hub", "plm"}),
         read_config=lambda layout, settings, tensors: published_t5.hub_config(settings, tensors.meta),
         key_map=lambda names, config: published_t5.key_map(names, asdict(config)),
         hub_rows=lambda config: published_t5.hub_rows(asdict(config)),

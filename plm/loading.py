@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plm.families import BY_NAME, FAMILIES, Config, Family, Network
+from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
 from plm.tokens import Tokenizer, checked
 from plm_weights import (
     CheckpointError,
@@ -133,7 +133,7 @@ class Opened:
         weights = self.tensors.files[0]
         with naming(weights):
             table = self.family.tokenizer(self.config)
-        if self.layout not in self.family.settings_beside:
+        if self.layout not in CONFIGURED:
             return table
         if (found := published_vocabulary(weights.parent)) is None:
             return table
@@ -268,8 +268,8 @@ def open_checkpoint(path: Path) -> Opened:
     if family is None or layout is None:
         some, known = ", ".join(sorted(tensors.meta)[:5]), ", ".join(BY_NAME)
         raise CheckpointError(f"{weights}: these tensors are of no family that is known here ({known}): {some}, ...")
-    file = weights.with_name("config.json") if layout in family.settings_beside else weights
-    settings = read_config(file) if layout in family.settings_beside else {}
+    file = weights.with_name("config.json") if layout in CONFIGURED else weights
+    settings = read_config(file) if layout in CONFIGURED else {}
     with naming(file):
         read = own_config(settings) if layout == "plm" else family.read_config(layout, settings, tensors)
         config = family.config(**read)  # wrong names, and sizes that do not fit each other, raise here
