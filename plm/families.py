@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from plm import tokens, vocabularies
-from plm.models import bert, esm, t5
+from plm.models import bert, esm, progen2, t5
 from plm_weights import KeyMap, TensorSource, Tied
 from plm_weights import bert as published_bert
 from plm_weights import esm as published_esm
+from plm_weights import progen2 as published_progen2
 from plm_weights import t5 as published_t5
 
-Network = esm.ESM | bert.BERT | t5.T5
-Config = esm.Config | bert.Config | t5.Config
+Network = esm.ESM | bert.BERT | t5.T5 | progen2.ProGen2
+Config = esm.Config | bert.Config | t5.Config | progen2.Config
 State = dict[str, Tensor]
 CONFIGURED = ("hub", "plm")  # layouts with a config.json beside the weights
 
@@ -131,6 +132,18 @@ FAMILIES = (
         float32_at_least=frozenset({"encoder.relative_bias.weight", "decoder.relative_bias.weight"}),
         no_float16="the residual stream of a T5 exceeds 65,504, the largest float16, and turns into infinities",
         notice=ankh_notice,
+    ),
+    Family(
+        name="progen2",
+        network=progen2.ProGen2,
+        config=progen2.Config,
+        layout=published_progen2.recognise,
+        read_config=lambda layout, settings, tensors: published_progen2.hub_config(settings, tensors.meta),
+        key_map=lambda names, config: published_progen2.key_map(names),
+        hub_rows=lambda config: published_progen2.hub_rows(),
+        hub_files=lambda config, dtype: published_progen2.hub_files(config, dtype),
+        original_rows=lambda config: published_progen2.hub_rows(),
+        tokenizer=lambda config: vocabularies.progen2_tokenizer(),
     ),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -127,6 +127,7 @@ def foreign_tokens(tokenizer: Tokenizer, hidden: bool) -> bytes:
     """Ids that no sequence may have: what stands around or between residues, and unless ``hidden`` all but letters."""
     around = {tokenizer.start, tokenizer.end, tokenizer.separator, "<pad>", "[PAD]"}
     around |= {task.prefix for task in tokenizer.tasks.values()}
+    around |= {token for token in tokenizer.vocabulary if token.startswith("<|")}  # ProGen2's, and tags of its ports
     return bytes(
         i for i, token in enumerate(tokenizer.vocabulary) if token in around or (not hidden and len(token) > 1)
     )

@@ -46,7 +46,7 @@ class Tokenizer:
     Attributes:
         vocabulary: the text of every id.
         end, start: what stands behind and before every sequence.
-        unknown: what stands for a letter outside the vocabulary, if the caller wants that.
+        unknown: what stands for a letter outside the vocabulary, if the caller wants that; None where nothing does.
         mask: what hides a residue; ``<mask>`` is accepted as its spelling everywhere.
         separator: what stands between the two chains of a pair; ``|`` in text.
         tasks: the tasks by the names that callers use.
@@ -54,11 +54,14 @@ class Tokenizer:
         words: the published tokenizer knows a residue only as a word of its own ("M K T").
         pieces: the published tokenizer is a SentencePiece model, to which a space is a symbol like any other.
         guessed: nobody published a vocabulary of this size, and no file beside the weights told it.
+        framed: ``encode`` puts ``start`` and ``end`` around a text. Else texts bring them along, as ProGen2's "1MK2"
+            does, and only what works on plain residues adds them.
+        extensible: fine-tuned checkpoints have tokens of their own behind the last of the vocabulary.
     """
 
     vocabulary: tuple[str, ...]
     end: str
-    unknown: str
+    unknown: str | None
     start: str | None = None
     mask: str | None = None
     separator: str | None = None
@@ -67,6 +70,8 @@ class Tokenizer:
     words: bool = False
     pieces: bool = False
     guessed: bool = False
+    framed: bool = True
+    extensible: bool = False
 
     def __post_init__(self) -> None:
         if len(self.vocabulary) > 256:
@@ -91,7 +96,7 @@ class Tokenizer:
     @cached_property
     def _table(self) -> bytes:
         """The id of every byte. It is only asked about bytes that are letters of the vocabulary."""
-        return bytes(self._spellings.get(chr(byte), self.unknown_id) for byte in range(256))
+        return bytes(self._spellings.get(chr(byte), 0) for byte in range(256))
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -159,7 +164,7 @@ class Tokenizer:
         return self.tasks[name]
 
     def encode(self, text: str, *, task: str | None = None, unknown: str = "error") -> list[int]:
-        """Ids of one sequence, with what stands before and after it.
+        """Ids of one sequence, with what stands before and after it (unless texts bring that along: see ``framed``).
 
         Args:
             task: what the model is asked for, one of ``tasks``. Its prefix comes first, and only its letters are taken.
@@ -170,7 +175,7 @@ class Tokenizer:
         Raises:
             ValueError: a character outside the vocabulary or the task's letters, with its position.
         """
-        before, after = self.frame(task)
+        before, after = self.frame(task) if self.framed else (b"", b"")
         return [*before, *self.residues(text, task=task, unknown=unknown), *after]
 
     def residues(self, text: str, *, task: str | None = None, unknown: str = "error") -> bytes:
@@ -236,8 +241,11 @@ class Tokenizer:
         """Ids that the published (transformers) tokenizer makes of this very text, which has to be ASCII.
 
         What it does not know it passes over in silence, and a whole run of it becomes one unknown token: "MKT" is one
-        unknown to ProtBert, M and one unknown to ProtT5, and the K of "M K" one unknown and K to Ankh.
+        unknown to ProtBert, M and one unknown to ProtT5, and the K of "M K" one unknown and K to Ankh. ProGen2's leaves
+        out what it does not know.
         """
+        if self.unknown is None:
+            return [self._ids[token] for token in self._pattern.findall(text) if token in self._ids]
         ids = [] if self.start is None else [self.start_id]
         # Tokens of several letters, and ProstT5's added lower case, are found anywhere in a text.
         special = sorted((t for t in self.vocabulary if len(t) > 1 or t.islower()), key=len, reverse=True)
@@ -292,7 +300,9 @@ def checked(tokenizer: Tokenizer, pieces: Sequence[str], where: str) -> Tokenize
         text = piece.removeprefix("▁") or piece
         if not text:
             continue
-        if i >= len(vocabulary):
+        if i == len(vocabulary) and tokenizer.extensible:
+            vocabulary.append(text)
+        elif i >= len(vocabulary):
             faults.append(f"id {i} is {text!r}, beyond the last of the table")
         elif vocabulary[i] == text:
             continue

@@ -41,6 +41,9 @@ ANKH3 = (
     *_sentinels(225),
 )
 
+# tokenizer.json of salesforce/progen: there is no J, and models have spare rows behind the last token
+PROGEN2 = ("<|pad|>", "<|bos|>", "<|eos|>", "1", "2", *"ABCDEFGHIKLMNOPQRSTUVWXYZ")
+
 _RARE = "UZOB"
 
 _ANKH3_TASKS = {"nlu": Task("[NLU]"), "s2s": Task("[S2S]")}
@@ -62,6 +65,11 @@ def bert_tokenizer() -> Tokenizer:
     return Tokenizer(
         BERT, start="[CLS]", end="[SEP]", unknown="[UNK]", mask="[MASK]", separator="[SEP]", rare=_RARE, words=True
     )
+
+
+def progen2_tokenizer() -> Tokenizer:
+    """The tokenizer of ProGen2: texts bring their terminals along, "1" at the N-terminus and "2" at the C-terminus."""
+    return Tokenizer(PROGEN2, start="1", end="2", unknown=None, framed=False, extensible=True)
 
 
 def prott5_tokenizer() -> Tokenizer:
