@@ -9,6 +9,7 @@ Letters: n packed tokens, b sequences, t tokens of a sequence, h heads, d head s
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -154,6 +155,18 @@ class ProGen2(nn.Module):
         """``encode``, and the logits of the token behind each one."""
         out = self.encode(batch, hidden_states=hidden_states, attentions=attentions)
         return Output(out.hidden, self.logits(out.hidden), out.hidden_states, out.attentions)
+
+    def read(
+        self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Hidden states ``[n, c]`` of tokens ``[n]`` at ``positions`` ``[n]``, after the final norm.
+
+        What they attend to is the caller's: ``attend(layer, q, k, v)``, a cache's for one.
+        """
+        turns, x = self.turns(positions), self.embed(tokens)
+        for layer, block in enumerate(self):
+            x = block(x, turns, partial(attend, layer))
+        return self.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
         """``[n, c] -> [n, v]``."""
