@@ -237,14 +237,14 @@ def test_rare_letters_are_read_as_x(kind: str, tmp_path: Path) -> None:
     """As every published recipe does, though they have ids; the tokenizer itself leaves them alone."""
     model = load(kind, tmp_path)
     rare, plain = plm.embed(model, ["MUKZTOAB", "MXKXTXAX"])
-    assert torch.equal(rare, plain)
+    same(rare, plain)
     assert model.tokenizer.residues("UZOB") == bytes([26, 27, 25, 24])
 
 
 def test_ankh_has_its_own_rare_letters(tmp_path: Path) -> None:
     model = load("ankh", tmp_path)
     rare, plain = plm.embed(model, ["MUKZTOAB", "MXKXTXAX"])
-    assert not torch.equal(rare, plain)
+    assert (rare - plain).abs().max() > 1e-3
     same(rare, encoded(model, model.tokenizer.encode("MUKZTOAB"))[:-1])
 
 
