@@ -8,6 +8,7 @@ from torch import Tensor
 
 from plm import running
 from plm.loading import Model
+from plm.models.progen2 import ProGen2
 from plm.packing import Packed, in_order
 from plm.running import Proteins
 
@@ -26,6 +27,8 @@ def embed(
 ) -> list[Any]:
     """Embed one sequence or many, or pairs of chains.
 
+    ProGen2 reads "1" + residues + "2" from N to C, so a residue's row knows of those before it and of none behind it.
+
     Args:
         sequences: residues; one string, or a list of them. For a model of antibody pairs (IgBert, IgT5) also
             ``(heavy, light)`` or ``"HEAVY|LIGHT"``: there, a bare tuple of two strings is one pair, so put many
@@ -33,8 +36,9 @@ def embed(
         layer: 0 are the token embeddings, ``l`` (or -1) the output of the last layer after the final norm, as in
             fair-esm's ``repr_layers`` and transformers' ``hidden_states``. Of a T5 these are the encoder's.
         pool: None gives a row per residue. "mean" and "max" are over the residues alone, never over start, end, prefix
-            or separator; "cls" is the row of the start token, where the model has one. "card" is the mean as IgBert's
-            model card computes it: of a pair it averages in the separator between the chains as if it were a residue.
+            or separator; "cls" is the row of the start token, where the model has one that sees the protein. "card" is
+            the mean as IgBert's model card computes it: of a pair it averages in the separator between the chains as if
+            it were a residue.
         task: what goes before the residues where a model was trained with prefixes: "nlu" (the default) or "s2s" for
             Ankh3; for ProstT5 "aa2fold" (the default), for amino acids, or "fold2aa", for 3Di states in lower case;
             "none" for no prefix.
@@ -78,6 +82,9 @@ def embed_rows(
         raise ValueError(f"pool {pool!r} is unknown; choose None, 'mean', 'max', 'cls' or 'card'")
     if pool == "cls" and model.tokenizer.start is None:
         raise ValueError(f"{model.checkpoint.name} has no start token; pool with 'mean' or 'max'")
+    if pool == "cls" and isinstance(model.net, ProGen2):
+        name = model.checkpoint.name
+        raise ValueError(f"the start token of {name} sees nothing of what follows it; pool with 'mean' or 'max'")
     if per_chain and pool in ("cls", "card"):
         raise ValueError(f"pool {pool!r} is one vector for both chains; leave out per_chain, or choose 'mean' or 'max'")
     before, after = map(len, model.tokenizer.frame(task))

@@ -113,6 +113,8 @@ def encode(model: Model, sequences: Sequence[str], *, task: str | None = None, h
         row = separator.join(parts)
         if tokens := [id for part in parts for id in part if id in foreign]:
             hint = "give residues alone: task='...' puts the tokens before them, and a pair is HEAVY|LIGHT"
+            if not tokenizer.framed:
+                hint = f"give residues alone: {tokenizer.start} is put before them and {tokenizer.end} behind them"
             fault(i, f"{tokenizer.decode(tokens[:1])} is no residue", hint)
         elif limit is not None and len(row) + around > limit:
             reason = f"{len(row):,} residues; {model.checkpoint.name} takes at most {limit - around:,}"

@@ -2,25 +2,36 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from plm import running
+from plm.layers import Linear
 from plm.loading import Model
+from plm.models.progen2 import ProGen2
 from plm.models.t5 import START, T5
 from plm.packing import Packed, batches
 from plm.running import Proteins
 
-How = Literal["auto", "pseudo-likelihood", "single-pass"]
+MaskedHow = Literal["pseudo-likelihood", "single-pass"]
+CausalHow = Literal["likelihood", "forward", "backward"]
+How = Literal["auto"] | MaskedHow | CausalHow
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Score:
-    """Natural logarithms of probabilities: ``per_residue`` is ``[L]`` in float32 (float64 from a float64 model)."""
+    """Natural logarithms of probabilities.
+
+    Attributes:
+        per_residue: ``[L]`` from N to C in float32 (float64 from a float64 model).
+        forward, backward: the two directions that a "likelihood" averages; None where there is no such average.
+    """
 
     per_residue: Tensor
+    forward: Self | None = None
+    backward: Self | None = None
 
     def __repr__(self) -> str:
         return f"Score(total={self.total:.4f}, mean={self.mean:.4f}, residues={len(self.per_residue)})"
@@ -59,15 +70,27 @@ def score(
     *Single-pass* (ESM and BERT) hides nothing: one pass, in which the model sees the residue that it judges. It is
     fast, it is what some services call the log-likelihood, and it is not one.
 
+    *Likelihood* (ProGen2) is that of the protein read from N to C and that of the same read from C to N, averaged:
+
+        forward  = sum over i of  log p(x_i | 1 x_1 ... x_{i-1})
+        backward = sum over i of  log p(x_i | 2 x_L ... x_{i+1})
+        total    = (forward + backward) / 2
+
+    Every sum has L terms, one per residue: the terminals "1" and "2" are added here and are themselves not scored. The
+    softmax is over the 25 letters of the vocabulary (B, O, U, X and Z among them), so that the probability of a
+    terminal, or of any other token, is taken out and the rest made to add up to 1. ``total`` is ``ll_sum`` and ``mean``
+    is ``ll_mean`` of likelihood.py (salesforce/progen@c27a419) for "1" + sequence + "2". *Forward* and *backward* are
+    one direction alone, for half the time.
+
     Args:
-        how: "auto" is the pseudo-likelihood.
+        how: "auto" is the likelihood of ProGen2, and the pseudo-likelihood of the others.
         task: as ``plm.embed``; Ankh's own code scores Ankh3 with "nlu", the default.
         max_tokens: tokens per batch; speed and memory, not results.
 
     Returns: one ``Score`` per sequence, in input order.
     Raises:
         InputError: as ``embed``.
-        ValueError: the checkpoint has no head or no decoder, or the T5 cannot do it in a single pass.
+        ValueError: the checkpoint has no head or no decoder, or a model of its kind has no such score.
     """
     texts = running.as_list(model, sequences)
     task = running.choose_task(model, task)
@@ -85,18 +108,42 @@ def score_rows(
     max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """``score`` as a stream of (index, score) while they are computed; rows from ``running.encode``."""
-    if how not in get_args(How):
-        raise ValueError(f"how={how!r} is unknown; choose 'auto', 'pseudo-likelihood' or 'single-pass'")
+    chosen = choose_how(model, how)
+    if chosen == "single-pass":
+        yield from single_pass(model, rows, task, max_tokens)
+    elif chosen == "pseudo-likelihood":
+        yield from pseudo_likelihood(model, rows, task, max_tokens)
+    else:
+        yield from likelihood(model, rows, chosen, max_tokens)
+
+
+def choose_how(model: Model, how: How) -> MaskedHow | CausalHow:
+    """What "auto" is for a model, or what was asked for.
+
+    Raises: ValueError if it is unknown, or if the model cannot do it.
+    """
+    causal = isinstance(model.net, ProGen2)
+    ours, others = get_args(CausalHow), get_args(MaskedHow)
+    ours, others = (ours, others) if causal else (others, ours)
+    name = model.checkpoint.name
+    if how in others:
+        why = "predicts each residue from those before it" if causal else "does not read from one end to the other"
+        raise ValueError(f"{name} {why}, so it has no {how!r}; choose {listed(ours)}")
+    if how not in ("auto", *ours):
+        raise ValueError(f"how={how!r} is unknown; choose {listed(('auto', *ours))}")
     if isinstance(model.net, T5):
         if how == "single-pass":
             raise ValueError("a T5 has no single-pass score; choose 'pseudo-likelihood'")
         model.net.need_decoder()
     elif model.net.lm_head is None:
-        raise ValueError(f"{model.checkpoint.name} has no language-model head, so it gives no probabilities")
-    if how == "single-pass":
-        yield from single_pass(model, rows, task, max_tokens)
-    else:
-        yield from pseudo_likelihood(model, rows, task, max_tokens)
+        raise ValueError(f"{name} has no language-model head, so it gives no probabilities")
+    return ours[0] if how == "auto" else how
+
+
+def listed(choices: Sequence[str]) -> str:
+    """As a sentence has them: ``'a', 'b' or 'c'``."""
+    *first, last = map(repr, choices)
+    return f"{', '.join(first)} or {last}"
 
 
 def single_pass(
@@ -137,6 +184,60 @@ def pseudo_likelihood(
         values = torch.cat([found for _, found in running.halved(model, groups, hide)])
         running.check_finite(model, i, values)
         yield i, Score(values.clone())
+
+
+def likelihood(
+    model: Model, rows: Sequence[bytes], how: CausalHow, max_tokens: int | None
+) -> Iterator[tuple[int, Score]]:
+    """Log-probability of every residue given those before it; both directions of a protein are in one batch.
+
+    Raises: ValueError for a row without residues, or with an id that is none.
+    """
+    budget = running.default_max_tokens(model) if max_tokens is None else max_tokens
+    letters = bytes(model.tokenizer.residue_ids)
+    for i, row in enumerate(rows):
+        if not row or row.translate(None, letters):
+            raise ValueError(f"row {i + 1} must be ids of residues, without terminals, and at least one; got {[*row]}")
+    columns = bytes(max(letters.find(id), 0) for id in range(256))  # of the head below
+    starts = {"forward": bytes([model.tokenizer.start_id]), "backward": bytes([model.tokenizer.end_id])}
+    directions = ("forward", "backward") if how == "likelihood" else (how,)
+    head = letter_head(model)
+
+    @torch.inference_mode()
+    def read(group: list[int]) -> list[Tensor]:
+        """Log-probabilities ``[directions, L]`` of each row, from N to C. The last residue of a text is not read."""
+        texts = [(way, rows[i] if way == "forward" else rows[i][::-1]) for i in group for way in directions]
+        tokens = as_tensor(b"".join(starts[way] + text[:-1] for way, text in texts))
+        batch = Packed.from_tokens(tokens, tuple(len(text) for _, text in texts)).to(model.device)
+        wanted = as_tensor(b"".join(text for _, text in texts).translate(columns)).to(model.device)
+        hidden = model.net.encode(batch).hidden
+        found = own_log_probs(head(hidden.to(head.weight.dtype)), wanted.long()).cpu()
+        parts = zip(texts, found.split(batch.lengths), strict=True)
+        aligned = [part if way == "forward" else part.flip(0) for (way, _), part in parts]
+        return [torch.stack(aligned[i : i + len(directions)]) for i in range(0, len(aligned), len(directions))]
+
+    groups = batches([len(directions) * len(row) for row in rows], budget)
+    for group, results in running.halved(model, groups, read):
+        for i, values in zip(group, results, strict=True):
+            running.check_finite(model, i, values)
+            each = [Score(x) for x in values.clone()]  # a copy made out here is an ordinary tensor
+            yield i, Score(values.mean(0), *each) if len(each) > 1 else each[0]
+
+
+def letter_head(model: Model) -> Linear:
+    """The head's rows for the letters alone (a ProGen2 may have 51,200), in float32 at least: ``[n, c] -> [n, 25]``."""
+    assert isinstance(model.net, ProGen2)
+    letters = torch.tensor(model.tokenizer.residue_ids, device=model.device)
+    precise = torch.promote_types(model.dtype, torch.float32)
+    rows = {name: x[letters].to(precise) for name, x in model.net.lm_head.state_dict().items()}
+    with torch.device("meta"):
+        head = Linear(model.net.config.channels, len(letters))
+    head.load_state_dict(rows, assign=True)
+    return head
+
+
+def as_tensor(row: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(row), dtype=torch.uint8)
 
 
 def hidden_logits(model: Model, batch: Packed, places: Tensor, hidden: int) -> Tensor:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from plm.sequences import Reading
 
 FORMATS = ("csv", "tsv", "jsonl")
-HOW = ("auto", "pseudo-likelihood", "single-pass")
+HOW = ("auto", "pseudo-likelihood", "single-pass", "likelihood", "forward", "backward")
 COLUMNS = ("id", "residues", "log_likelihood", "mean")
+DIRECTIONS = ("forward", "backward")
 
 
 @click.command()
@@ -26,7 +27,10 @@ COLUMNS = ("id", "residues", "log_likelihood", "mean")
         type=click.Choice(HOW),
         default="auto",
         show_default=True,
-        help="auto is pseudo-likelihood: a pass per residue, which alone is hidden. single-pass hides none.",
+        help=(
+            "pseudo-likelihood, auto for most: a pass per residue, which alone is hidden; single-pass hides none. "
+            "likelihood, auto for ProGen2: the average of forward (N to C) and backward (C to N)."
+        ),
     ),
     options.task,
     click.option("--per-residue", is_flag=True, help="List the logarithm for every residue, too (jsonl only)."),
@@ -35,13 +39,15 @@ COLUMNS = ("id", "residues", "log_likelihood", "mean")
 def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str | None) -> int:
     """Tell how probable a model finds proteins.
 
-    Natural logarithms of probabilities: log_likelihood is their sum over the residues, mean their average.
+    Natural logarithms of probabilities: log_likelihood is their sum over the residues, mean their average. A likelihood
+    has the sum of each direction, too: forward, backward.
 
     INPUT is what `plm embed` takes. The output has a row per protein (.csv, .tsv, .jsonl).
 
     \b
       plm score proteins.fasta -m esm2-650m -o scores.csv
       plm score pairs.csv --heavy-column vh --light-column vl -m igbert
+      plm score proteins.fasta -m progen2-medium -o scores.csv
       plm score MKTAYIAKQRQISFVK -m plm-mini --per-residue
     """
     job.keep_stdout_free("scores")
@@ -49,40 +55,43 @@ def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str
 
     from plm.outputs.rows import layout_of, open_rows
     from plm.running import encode
-    from plm.scoring import score_rows
+    from plm.scoring import choose_how, score_rows
 
     with usage():
         layout = layout or layout_of(job.output, FORMATS[2:] if per_residue else FORMATS)
     if per_residue and layout != "jsonl":
         raise click.UsageError(f"{layout} holds a number per protein; write --per-residue as jsonl.")
 
-    def open_output(reading: "Reading", provenance: Mapping[str, object]) -> "RowsWriter":
-        columns = (*COLUMNS, "per_residue") if per_residue else COLUMNS
+    def open_output(reading: "Reading", how: "How", provenance: Mapping[str, object]) -> "RowsWriter":
+        columns = (*COLUMNS, *DIRECTIONS) if how == "likelihood" else COLUMNS
+        columns = (*columns, "per_residue") if per_residue else columns
         return open_rows(
             job.output, layout, ids=reading.ids, columns=columns, provenance=provenance, overwrite=job.overwrite
         )
 
-    open_output(reading, {})  # what cannot be written fails before a model is loaded
+    open_output(reading, how, {})  # what cannot be written fails before a model is loaded
     model = job.load()
     task = choose_task(model, task)
     with usage():
-        list(score_rows(model, [], how=how, task=task))  # raises what the model cannot do
+        how = choose_how(model, how)
     reading, rows = job.prepare(
         model, reading, task, lambda sequences: encode(model, sequences, task=task, hidden=False)
     )
-    about = {"how": "pseudo-likelihood" if how == "auto" else how, "task": task}
-    writer = open_output(reading, {**job.provenance(model, reading), **about})
+    writer = open_output(reading, how, {**job.provenance(model, reading), "how": how, "task": task})
 
     def put(index: int, found: "Score") -> None:
-        row = {
+        row: dict[str, object] = {
             "id": reading.ids[index],
             "residues": len(found.per_residue),
             "log_likelihood": found.total,
             "mean": found.mean,
         }
-        # The shortest decimals of float32 would be spoilt by a way through float64.
-        each = {"per_residue": [float(text) for text in found.per_residue.numpy().astype(str)]} if per_residue else {}
-        writer.write(index, [row | each])
+        if found.forward is not None and found.backward is not None:
+            row |= {"forward": found.forward.total, "backward": found.backward.total}
+        if per_residue:
+            # The shortest decimals of float32 would be spoilt by a way through float64.
+            row["per_residue"] = [float(text) for text in found.per_residue.numpy().astype(str)]
+        writer.write(index, [row])
 
     results = score_rows(model, rows, how=how, task=task, max_tokens=job.max_tokens)
     return job.report(model, reading, job.write(reading, writer, results, put))
