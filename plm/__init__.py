@@ -16,7 +16,7 @@ _HOMES = {
     "plm.packing": ("Packed",),
     "plm.embedding": ("embed",),
     "plm.contact_maps": ("contacts",),
-    "plm.generation": ("Sample", "generate"),
+    "plm.generation": ("Piece", "Sample", "generate", "stream"),
     "plm.scoring": ("Score", "score"),
     "plm.conversion": ("convert",),
     "plm.verification": ("Report", "verify"),
@@ -33,6 +33,7 @@ __all__ = [
     "LicenceNotice",
     "Model",
     "Packed",
+    "Piece",
     "Report",
     "Sample",
     "Score",
@@ -44,6 +45,7 @@ __all__ = [
     "generate",
     "load",
     "score",
+    "stream",
     "verify",
 ]
 
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from plm.contact_maps import contacts
     from plm.conversion import convert
     from plm.embedding import embed
-    from plm.generation import Sample, generate
+    from plm.generation import Piece, Sample, generate, stream
     from plm.loading import LicenceNotice, Model, available, load
     from plm.packing import Packed
     from plm.scoring import Score, score

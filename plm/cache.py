@@ -1,113 +1,255 @@
-"""What a decoder remembers while it writes: its own keys and values, and those of the prompts it looks at.
+"""What a decoder remembers while it writes: its own keys and values, and those of the prompts behind them.
 
-Both belong to the caller, are allocated once, and drop rows that are finished. Letters: r rows (texts being written),
-h heads, d head size, t tokens, l layers.
+All of it belongs to the caller and is allocated once. A prompt is remembered once, however many texts are written to
+it. Texts that are finished leave, and those behind them move up; new ones join at the end.
+
+On a CPU keys and values are kept in float32 at least: with one query to each, half-precision kernels take longer
+than those of float32, though they have half as much to read.
+
+Letters: r rows (texts being written), p prompts, h heads, d head size, t tokens, l layers.
 """
 
-from itertools import accumulate, groupby, pairwise
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from plm.packing import Packed
-from plm_kernels import runs
+from plm_kernels import attention_part, runs
 
 STEP = 64  # prompts are remembered in multiples of so many tokens
+GROUP = (
+    4  # texts of one prompt look at it in multiples of so many: from there on a row's bits do not depend on how many
+)
 
 
-class Cache:
-    """Keys and values of the tokens written so far: each ``[l, r, h, capacity, d]``, filled up to ``length``.
+@dataclass(frozen=True)
+class Room:
+    """How much a cache holds: texts of so many tokens, and the prompts of so many tokens that they follow."""
 
-    All rows have the same length: they began together.
-    """
+    texts: int
+    text_tokens: int
+    prompts: int
+    prompt_tokens: int
+
+    def bytes(self, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
+        """Of all keys and values."""
+        tokens = self.texts * self.text_tokens + self.prompts * steps(self.prompt_tokens)
+        return 2 * layers * tokens * heads * head_size * dtype.itemsize
+
+
+def steps(tokens: int) -> int:
+    """``tokens`` rounded up to a multiple of ``STEP``."""
+    return -(-tokens // STEP) * STEP
+
+
+def cache_dtype(like: Tensor) -> torch.dtype:
+    """In what keys and values are kept beside weights like these."""
+    return torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
+
+
+class Slots:
+    """Keys and values ``[l, slots, h, capacity, d]``, of which the first ``len(lengths)`` slots are taken."""
 
     def __init__(self, shape: tuple[int, int, int, int, int], scale: float, like: Tensor) -> None:
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        _, self.rows, _, self.capacity, _ = shape
-        self.scale, self.length = scale, 0
+        self.keys, self.values = (like.new_zeros(shape, dtype=cache_dtype(like)) for _ in range(2))
+        self.scale, self.lengths = scale, list[int]()
 
-    def attend(self, layer: int, bias: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the newest token's k and v ``[r, h, d]``, then attend with its q to all that is there: ``[r, h, d]``.
+    @property
+    def capacity(self) -> int:
+        """Tokens that a slot has room for."""
+        return self.keys.shape[3]
 
-        ``bias`` is ``[h, length + 1]``, added to the scaled logits.
+    def take(self, lengths: Iterable[int]) -> range:
+        """The next free slots. Raises: ValueError if there are not so many, or none is as large."""
+        first, more = len(self.lengths), list(lengths)
+        if first + len(more) > self.keys.shape[1] or max(more, default=0) > self.capacity:
+            raise ValueError(
+                f"{len(more)} more of up to {max(more, default=0)} tokens; the cache was begun with room for "
+                f"{self.keys.shape[1]} of {self.capacity} tokens, and {first} are there"
+            )
+        self.lengths += more
+        return range(first, first + len(more))
+
+    def move(self, chosen: Sequence[int]) -> None:
+        """Go on with these slots, in this order."""
+        if list(chosen) == sorted(set(chosen)):  # each moves up or stays, so none is overwritten before it has moved
+            for new, old in enumerate(chosen):
+                if new != old:
+                    here = slice(self.lengths[old])
+                    for store in (self.keys, self.values):
+                        store[:, new, :, here] = store[:, old, :, here]
+        else:
+            here = slice(max(self.lengths))
+            for store in (self.keys, self.values):
+                store[:, : len(chosen), :, here] = store[:, chosen, :, here]
+        self.lengths = [self.lengths[old] for old in chosen]
+
+
+class Cache(Slots):
+    """The texts' own tokens, a slot for each row. Rows that joined together have equally many."""
+
+    def __init__(
+        self, shape: tuple[int, int, int, int, int], scale: float, like: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """``bias`` ``[h, capacity]`` is added to the scaled logits by distance; its last value is the query's own."""
+        super().__init__(shape, scale, like)
+        self.bias = bias
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest token's k and v ``[r, h, d]``, then attend with its q to all that the row has.
+
+        Returns: what it gathers ``[r, h, d]``, and the logarithm of its weights' sum ``[r, h]``.
         """
-        here = slice(self.length + 1)
-        keys, values = self.keys[layer, : self.rows], self.values[layer, : self.rows]
-        keys[:, :, self.length], values[:, :, self.length] = k, v
-        mask = bias[None, :, None] if q.device.type == "cpu" else bias[None, :, None].to(q.dtype)
-        keys, values = keys[:, :, here], values[:, :, here]
-        return F.scaled_dot_product_attention(q[:, :, None], keys, values, mask, scale=self.scale)[:, :, 0]
+        parts, start = [], 0
+        counts = runs(self.lengths)
+        pieces = (x.split([count for count, _ in counts]) for x in (q, k, v))
+        for (count, length), queries, newest, value in zip(counts, *pieces, strict=True):
+            rows, here = slice(start, start + count), slice(length + 1)
+            keys, values = self.keys[layer, rows], self.values[layer, rows]
+            keys[:, :, length], values[:, :, length] = newest, value
+            mask = None if self.bias is None else self.bias[None, :, None, self.capacity - 1 - length :]
+            queries = queries[:, :, None].to(keys.dtype)
+            parts.append(attention_part(queries, keys[:, :, here], values[:, :, here], scale=self.scale, mask=mask))
+            start += count
+        return tuple(x.squeeze(2) for x in joined(parts))  # type: ignore[return-value]
 
     def advance(self) -> None:
         """All layers have the newest token."""
-        self.length += 1
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order: fewer where texts are finished, others where beams were chosen."""
-        here = slice(self.length)
-        for store in (self.keys, self.values):
-            store[:, : len(rows), :, here] = store[:, rows, :, here]
-        self.rows = len(rows)
+        self.lengths = [length + 1 for length in self.lengths]
 
 
-class Memory:
-    """Keys and values of encoded prompts, computed once and shared by all texts that are written to a prompt.
+class Memory(Slots):
+    """The prompts, a slot for each, and how many rows look at it. Rows lie prompt by prompt."""
 
-    Rows lie prompt by prompt. A prompt is padded to a multiple of ``STEP`` tokens, also when it is alone: prompts of
-    one padded length with equally many rows are attended to in one call, and a text does not depend on the others.
-    """
+    def __init__(self, shape: tuple[int, int, int, int, int], scale: float, like: Tensor) -> None:
+        super().__init__(shape, scale, like)
+        self.counts: list[int] = []
+        self.calls: list[Call] = []
 
-    def __init__(self, batch: Packed, rows_per_prompt: int, scale: float, like: Tensor) -> None:
-        self.lengths, self.scale = batch.lengths, scale
-        self.counts = [rows_per_prompt] * len(batch)
-        self.runs = runs(-(-length // STEP) * STEP for length in batch.lengths)
-        self.blocks: list[list[tuple[Tensor, Tensor]]] = []  # for each layer and run of padded lengths, [p, h, t, d]
-        self.masks: list[Tensor] = []  # for each run, [p, 1, 1, t]: 0 for a token, -inf for padding
-        precise = torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
-        places = torch.arange(max(length for _, length in self.runs))
-        padding = torch.tensor(batch.lengths)[:, None] <= places
-        for some, (_, length) in zip(padding.split([count for count, _ in self.runs]), self.runs, strict=True):
-            mask = torch.zeros(some.shape, dtype=precise).masked_fill(some, -torch.inf)
-            self.masks.append(mask[:, None, None, :length].to(like.device))
-        self._arrange()
+    def join(self, lengths: Sequence[int], counts: Sequence[int]) -> range:
+        """Take slots for prompts of these lengths, looked at by so many rows each; ``put`` fills them."""
+        taken = self.take(lengths)
+        self.counts += counts
+        self._plan()
+        return taken
 
-    def add(self, keys: Tensor, values: Tensor) -> None:
-        """Take the next layer's keys and values ``[n, h, d]``."""
-        pairs = zip(keys.split(self.lengths), values.split(self.lengths), strict=True)
-        blocks = []
-        for count, length in self.runs:
-            stores = [keys.new_zeros(count, *keys.shape[1:2], length, keys.shape[2]) for _ in range(2)]
-            for i in range(count):
-                for store, piece in zip(stores, next(pairs), strict=True):
-                    store[i, :, : len(piece)] = piece.transpose(0, 1)
-            blocks.append((stores[0], stores[1]))
-        self.blocks.append(blocks)
+    def put(self, layer: int, taken: range, keys: Tensor, values: Tensor) -> None:
+        """Remember what a layer made of the prompts that took these slots: ``[n, h, d]``, end to end."""
+        lengths = self.lengths[taken.start : taken.stop]
+        for store, x in ((self.keys, keys), (self.values, values)):
+            for slot, piece in zip(taken, x.split(lengths), strict=True):
+                store[layer, slot, :, : len(piece)] = piece.transpose(0, 1)
+                store[layer, slot, :, len(piece) : steps(len(piece))] = 0  # padding has no weight, but must be finite
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attend with the newest token of each text: ``[r, h, d] -> [r, h, d]``."""
-        mixed = []
-        for piece, (count, run, some) in zip(q.split(self.sizes), self.calls, strict=True):
-            keys, values = self.blocks[layer][run]
-            queries = piece.unflatten(0, (-1, count)).transpose(1, 2)  # [prompts, h, rows of each, d]
-            mask = self.masks[run][some]
-            out = F.scaled_dot_product_attention(queries, keys[some], values[some], mask, scale=self.scale)
-            mixed.append(out.transpose(1, 2).flatten(0, 1))
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+    def attend(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Attend with the newest token of each row: q ``[r, h, d]`` to what ``Cache.attend`` returns.
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in ascending order of their prompts."""
-        prompts = torch.repeat_interleave(torch.tensor(self.counts))[rows.cpu()]
-        self.counts = torch.bincount(prompts, minlength=len(self.counts)).tolist()
-        self._arrange()
+        None where all prompts are empty.
+        """
+        if not any(self.lengths):
+            return None
+        queries = q if self.order is None else q[self.order]
+        parts = []
+        for call, some in zip(self.calls, queries.split([call.rows for call in self.calls]), strict=True):
+            some = some.unflatten(0, (call.prompts, -1)).transpose(1, 2)  # [p, h, rows of each, d]
+            if call.tokens:
+                keys, values = (x[layer, call.slots, :, : call.tokens] for x in (self.keys, self.values))
+                mixed, sums = attention_part(some.to(keys.dtype), keys, values, scale=self.scale, mask=call.mask)
+            else:
+                mixed = torch.zeros_like(some, dtype=self.keys.dtype)
+                sums = mixed.new_full(mixed.shape[:-1], -torch.inf)
+            parts.append((mixed.transpose(1, 2).flatten(0, 1), sums.transpose(1, 2).flatten(0, 1)))
+        mixed, sums = joined(parts)
+        return (mixed, sums) if self.back is None else (mixed[self.back], sums[self.back])
 
-    def _arrange(self) -> None:
-        """Plan the calls: (rows per prompt, run, prompts within the run) for prompts alike that lie side by side."""
-        self.calls: list[tuple[int, int, slice]] = []
-        starts = [0, *accumulate(count for count, _ in self.runs)]
-        for run, (start, stop) in enumerate(pairwise(starts)):
-            for count, group in groupby(range(start, stop), key=self.counts.__getitem__):
-                members = list(group)
-                if count:
-                    self.calls.append((count, run, slice(members[0] - start, members[-1] + 1 - start)))
-        self.sizes = [count * (some.stop - some.start) for count, _, some in self.calls]
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in ascending order of their prompts. A prompt without rows leaves."""
+        owner = [prompt for prompt, count in enumerate(self.counts) for _ in range(count)]
+        counts = torch.bincount(
+            torch.tensor([owner[row] for row in rows], dtype=torch.long), minlength=len(self.counts)
+        )
+        self.counts = counts.tolist()
+        if 0 in self.counts:
+            self.move([prompt for prompt, count in enumerate(self.counts) if count])
+            self.counts = [count for count in self.counts if count]
+        self._plan()
+
+    def _plan(self) -> None:
+        """One call for neighbours of one padded length and with equally many rows, padding among these included.
+
+        A prompt is padded to a multiple of ``STEP`` tokens and its rows to one of ``GROUP`` also when it is alone, so
+        that a text does not depend on the others.
+        """
+        device = self.keys.device
+        padded = [-(-count // GROUP) * GROUP for count in self.counts]
+        self.calls, slot = [], 0
+        for prompts, (tokens, rows) in runs(zip(map(steps, self.lengths), padded, strict=True)):
+            slots = slice(slot, slot + prompts)
+            lengths = torch.tensor(self.lengths[slots])
+            padding = lengths[:, None] <= torch.arange(tokens)
+            mask = torch.zeros(padding.shape, dtype=self.keys.dtype).masked_fill(padding, -torch.inf)
+            self.calls.append(Call(slots, tokens, prompts * rows, mask[:, None, None].to(device)))
+            slot += prompts
+        self.order: Tensor | None = None  # [rows with padding]: the row that each query is of
+        self.back: Tensor | None = None  # [r]: where each row's answer is
+        if padded != self.counts:
+            order, back, start = list[int](), list[int](), 0
+            for count, width in zip(self.counts, padded, strict=True):
+                back += range(len(order), len(order) + count)
+                order += [*range(start, start + count), *[start] * (width - count)]
+                start += count
+            self.order, self.back = torch.tensor(order, device=device), torch.tensor(back, device=device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Prompts that are attended to at once: their slots, padded tokens, queries in all, and the padding's mask."""
+
+    slots: slice
+    tokens: int
+    rows: int
+    mask: Tensor  # [p, 1, 1, t], 0 or -inf
+
+    @property
+    def prompts(self) -> int:
+        return self.slots.stop - self.slots.start  # type: ignore[no-any-return]
+
+
+@dataclass
+class Decoding:
+    """Texts on their way: what they have written, and the prompts that they look at or go on from."""
+
+    cache: Cache
+    memory: Memory
+
+    def join(self, lengths: Sequence[int], counts: Sequence[int]) -> range:
+        """Room for prompts of these lengths and so many texts to each; the prompts' slots, for ``memory.put``."""
+        self.cache.take([0] * sum(counts))
+        return self.memory.join(lengths, counts)
+
+    def keep(self, rows: Tensor | Sequence[int]) -> None:
+        """Go on with these rows, prompt by prompt. In inference mode if it began there."""
+        rows = [int(row) for row in rows]
+        self.cache.move(rows)
+        self.memory.keep(rows)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Place ``[r]`` of each row's newest token, where prompt and text are one sequence."""
+        prompts = [
+            length for length, count in zip(self.memory.lengths, self.memory.counts, strict=True) for _ in range(count)
+        ]
+        return torch.tensor([*map(sum, zip(prompts, self.cache.lengths, strict=True))], device=device)
+
+    def check_room(self) -> None:
+        """Raises: ValueError if a row has no room for another token."""
+        if max(self.cache.lengths, default=0) >= self.cache.capacity:
+            raise ValueError(f"the cache is full: it was begun with room for {self.cache.capacity} tokens")
+
+
+def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows of several calls one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    mixed, sums = zip(*parts, strict=True)
+    return torch.cat(mixed), torch.cat(sums)

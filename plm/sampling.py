@@ -64,29 +64,63 @@ class Sampler:
 class Rules:
     """What may be written next, whatever its probability.
 
-    ``end`` is the id of the end token. A ``repetition_penalty`` above 1 divides positive logits of tokens that the text
-    has, the start token included, and multiplies negative ones (Keskar et al. 2019).
+    Attributes:
+        ends: ids of the tokens that end a text.
+        repetition_penalty: above 1 it divides positive logits of tokens that the text has, those it was begun with
+            included, and multiplies negative ones (Keskar et al. 2019).
+        no_repeat: tokens of which no run of so many comes twice in a text (transformers' ``no_repeat_ngram_size``);
+            lifted where it would leave no token at all.
     """
 
-    end: int
+    ends: tuple[int, ...]
     repetition_penalty: float = 1.0
+    no_repeat: int | None = None
 
     def __post_init__(self) -> None:
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, 1 for none; got {self.repetition_penalty}")
+        if self.no_repeat is not None and self.no_repeat < 1:
+            raise ValueError(f"no_repeat must be at least 1, or None to allow repeats; got {self.no_repeat}")
 
-    def __call__(self, logits: Tensor, written: Tensor, allowed: Tensor, may_end: Tensor) -> Tensor:
+    def __call__(
+        self, logits: Tensor, written: Tensor, allowed: Tensor, may_end: Tensor, length: Tensor | None = None
+    ) -> Tensor:
         """Logits ``[r, v]`` with -inf for what may not be written.
 
-        ``written`` is ``[r, t]``, ``allowed`` ``[r, v]`` true where a token is allowed, ``may_end`` ``[r]``.
+        ``written`` is ``[r, t]``, of which each row has ``length`` ``[r]`` tokens (None: all), and behind them only
+        tokens that it has already. ``allowed`` is ``[r, v]``, true where a token is allowed, ``may_end`` ``[r]``.
         """
         if self.repetition_penalty != 1:
-            seen = logits.gather(-1, written)
+            # An embedding may have more rows than the head has columns: such a token of a prompt has a spare column.
+            width = max(logits.shape[-1], int(written.max()) + 1)
+            spare = torch.nn.functional.pad(logits, (0, width - logits.shape[-1]))
+            seen = spare.gather(-1, written)
             seen = torch.where(seen > 0, seen / self.repetition_penalty, seen * self.repetition_penalty)
-            logits = logits.scatter(-1, written, seen)
+            logits = spare.scatter(-1, written, seen)[:, : logits.shape[-1]]
         logits = logits.masked_fill(~allowed, -torch.inf)
-        logits[:, self.end] = logits[:, self.end].masked_fill(~may_end, -torch.inf)
+        for end in self.ends:
+            logits[:, end] = logits[:, end].masked_fill(~may_end, -torch.inf)
+        if self.no_repeat is not None:
+            length = torch.full_like(written[:, 0], written.shape[1]) if length is None else length
+            fresh = logits.masked_fill(repeats(written, length, self.no_repeat, logits.shape[-1]), -torch.inf)
+            stuck = (fresh == -torch.inf).all(-1, keepdim=True)
+            logits = torch.where(stuck, logits, fresh)
         return logits
+
+
+def repeats(written: Tensor, length: Tensor, size: int, vocabulary: int) -> Tensor:
+    """Which tokens ``[r, v]`` would complete a run of ``size`` tokens that the text ``[r, t]`` has already."""
+    banned = torch.zeros(len(written), vocabulary + 1, dtype=torch.bool, device=written.device)
+    if written.shape[1] < size:
+        return banned[:, :-1]
+    runs = written.unfold(1, size, 1)  # [r, t - size + 1, size]
+    last = length[:, None] + torch.arange(1 - size, 0, device=written.device)
+    tail = written.gather(1, last.clamp(min=0))  # [r, size - 1], the newest tokens
+    same = (runs[..., :-1] == tail[:, None]).all(-1)
+    whole = torch.arange(runs.shape[1], device=written.device) + size <= length[:, None]
+    enough = length[:, None] >= size
+    completes = torch.where(same & whole & enough, runs[..., -1].clamp(max=vocabulary), vocabulary)
+    return banned.scatter(1, completes, True)[:, :-1]
 
 
 def streams(seed: int, names: Sequence[tuple[int, int]], length: int) -> Tensor:

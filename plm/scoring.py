@@ -43,8 +43,8 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """``total`` over residues."""
-        return self.total / len(self.per_residue)
+        """``total`` over residues; no number (NaN) where there are none."""
+        return self.total / len(self.per_residue) if len(self.per_residue) else float("nan")
 
 
 def score(

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 
 import plm
-from plm.decoding import Finished, Request, Text, beam_search, write
+from plm.beams import Finished, beam_search
+from plm.decoding import Request, Text, write
 from plm.models.t5 import EOS, START, T5
 from plm.packing import Packed
 from plm.sampling import Greedy, Rules, Sampler, streams
@@ -286,11 +288,10 @@ def test_each_row_has_its_own_limits(model: plm.Model) -> None:
     """Greatest and least lengths, and tokens that may not be written, of three prompts in one batch."""
     bounds = ((3, 0), (9, 9), (40, 5), (2, 0))
     requests = [request(model, prompt, *bound) for prompt, bound in zip(PROMPTS, bounds, strict=False)]
-    likely = write(net_of(model), requests[2:3], Greedy(), Rules(EOS), torch.zeros(1, 40), 1)[0][0].ids[1]
+    likely = write(net_of(model), requests[2:3], Greedy(), Rules((EOS,)), partial(streams, 0), 1, 1)[0][0].ids[1]
     requests[2].allowed[likely] = False
-    uniform = streams(1, [(i, k) for i in range(4) for k in range(5)], 40)
-    drawn_texts = write(net_of(model), requests, Sampler(), Rules(EOS), uniform, 5)
-    searched = beam_search(net_of(model), requests, Rules(EOS), 5)
+    drawn_texts = write(net_of(model), requests, Sampler(), Rules((EOS,)), partial(streams, 1), 5, 20)
+    searched = beam_search(net_of(model), requests, Rules((EOS,)), 5)
     for texts in (drawn_texts, searched):
         for wanted, found in zip(requests, texts, strict=True):
             assert len(found) == 5
@@ -309,7 +310,7 @@ def test_a_beam_search_with_fewer_tokens_than_beams(model: plm.Model) -> None:
     only = torch.zeros(len(model.tokenizer.vocabulary), dtype=torch.bool)
     only[5] = True
     asked = Request(model.tokenizer.encode("MK"), 0, 6, only)
-    for text in beam_search(net_of(model), [asked], Rules(EOS), 4)[0]:
+    for text in beam_search(net_of(model), [asked], Rules((EOS,)), 4)[0]:
         assert text.ids == (START, 5, 5, 5, 5, 5)
 
 

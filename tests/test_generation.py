@@ -23,13 +23,13 @@ class Encoded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prompts: list[list[int]] = []
-        begin = T5.begin
+        join = T5.join
 
-        def watched(net: T5, batch: plm.Packed, *arguments: int) -> Any:
-            self.prompts += [row.tolist() for row in batch.split(batch.tokens)]
-            return begin(net, batch, *arguments)
+        def watched(net: T5, state: Any, prompts: Sequence[Any], counts: Sequence[int]) -> None:
+            self.prompts += [[int(token) for token in ids] for ids in prompts]
+            join(net, state, prompts, counts)
 
-        monkeypatch.setattr(T5, "begin", watched)
+        monkeypatch.setattr(T5, "join", watched)
 
 
 @pytest.fixture
@@ -38,12 +38,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
 
 
 def dictate(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
-    """Let every model write these ids and then the end."""
+    """Let every model write these ids and then the end, one text at a time."""
     step = T5.step
 
     def told(net: T5, tokens: Tensor, state: Any) -> Tensor:
         logits = step(net, tokens, state)
-        token = ids[state.cache.length - 1] if state.cache.length <= len(ids) else EOS
+        (length,) = state.cache.lengths
+        token = ids[length - 1] if length <= len(ids) else EOS
         return logits.index_fill(1, torch.tensor([token]), 1e4)
 
     monkeypatch.setattr(T5, "step", told)
@@ -367,7 +368,7 @@ def test_ids_outside_the_vocabulary() -> None:
 
 
 def test_all_bad_prompts_are_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(T5, "begin", lambda *_: pytest.fail("wrote before the prompts were checked"))
+    monkeypatch.setattr(T5, "join", lambda *_: pytest.fail("wrote before the prompts were checked"))
     wrong = {
         2: ("", "the sequence is empty"),
         3: ("MKJ", "character 'J' at position 3"),

@@ -12,8 +12,12 @@ STANDARD = set(sys.stdlib_module_names)
 BASICS = {"plm.layers", "plm.packing", "plm.tokens", "plm.vocabularies", "plm.cache"}
 VERBS = {
     "plm.generation",
+    "plm.prompts",
+    "plm.writing",
     "plm.decoding",
+    "plm.beams",
     "plm.sampling",
+    "plm.memory",
     "plm.scoring",
     "plm.embedding",
     "plm.contact_maps",
@@ -38,7 +42,9 @@ ALLOWED: dict[str, set[str]] = {
     "plm.sequences": {"plm.sequences"},
     "plm.outputs": {"torch", "numpy", "safetensors", "h5py", "pyarrow", "plm.outputs"},
     "plm.sampling": {"torch"},
-    "plm.decoding": {"torch", "plm.models.t5", "plm.sampling", *BASICS},
+    "plm.decoding": {"torch", "plm.sampling", *BASICS},
+    "plm.beams": {"torch", "plm.models.t5", "plm.decoding", "plm.sampling", *BASICS},
+    "plm.memory": {"torch"},
     "plm.families": {"torch", "plm_weights", "plm.models", *BASICS},
     "plm.loading": {"torch", "plm_weights", "plm.families", *BASICS},
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", *BASICS},

@@ -125,7 +125,7 @@ def test_rules_are_those_of_transformers(penalty: float) -> None:
             wanted = published.NoBadWordsLogitsProcessor([[token] for token in banned], END)(written, wanted)
             wanted = published.MinLengthLogitsProcessor(7 if early else 6, END)(written, wanted)
             given = logits.clone()
-            found = Rules(END, penalty)(given, written, allowed, torch.full((ROWS,), not early))
+            found = Rules((END,), penalty)(given, written, allowed, torch.full((ROWS,), not early))
             assert torch.equal(found, wanted)
             assert torch.equal(given, logits), "the logits that were given are still needed"
 
@@ -133,13 +133,13 @@ def test_rules_are_those_of_transformers(penalty: float) -> None:
 def test_rules_are_by_row() -> None:
     logits = torch.zeros(2, 4)
     allowed = torch.tensor([[True, True, False, True], [False, True, True, True]])
-    found = Rules(END)(logits, torch.zeros(2, 1, dtype=torch.int64), allowed, torch.tensor([False, True]))
+    found = Rules((END,))(logits, torch.zeros(2, 1, dtype=torch.int64), allowed, torch.tensor([False, True]))
     assert found.isfinite().tolist() == [[True, False, False, True], [False, True, True, True]]
 
 
 def test_a_token_that_came_twice_is_penalised_once() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0]])
-    found = Rules(END, 2.0)(
+    found = Rules((END,), 2.0)(
         logits, torch.tensor([[0, 1, 0, 1]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([True])
     )
     assert found.tolist() == [[1.0, -4.0, 1.0]]
@@ -148,7 +148,7 @@ def test_a_token_that_came_twice_is_penalised_once() -> None:
 @pytest.mark.parametrize("penalty", [0.0, -1.0, math.nan])
 def test_penalties_out_of_bounds(penalty: float) -> None:
     with pytest.raises(ValueError, match="repetition_penalty must be above 0, 1 for none; got"):
-        Rules(END, penalty)
+        Rules((END,), penalty)
 
 
 def test_a_stream_depends_on_its_seed_and_its_name_alone() -> None:

@@ -3,6 +3,7 @@
 from plm_kernels.linear import linear, pack_weight, packing_available
 from plm_kernels.norms import rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
+from plm_kernels.parts import attention_part, merge_parts
 from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs
 
@@ -11,8 +12,10 @@ __all__ = [
     "Turns",
     "attention",
     "attention_backends",
+    "attention_part",
     "attention_weights",
     "linear",
+    "merge_parts",
     "pack_weight",
     "packing_available",
     "rms_norm",

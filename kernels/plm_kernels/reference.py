@@ -90,6 +90,20 @@ def attention(
     return torch.cat(mixed) if mixed else torch.empty_like(q)
 
 
+def attention_part(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of q ``[b, h, m, d]`` to k, v ``[b, h, t, d]``, and ``log(sum(exp(logits)))`` ``[b, h, m]``.
+
+    The softmax runs in float32 at least, and so do the sums.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    logits = (scale * q @ k.transpose(-1, -2)).to(precise)
+    if mask is not None:
+        logits = logits + mask
+    return logits.softmax(-1).to(v.dtype) @ v, logits.logsumexp(-1)
+
+
 def rotary_half(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate channel ``i`` of x ``[n, h, d]`` with channel ``i + d/2`` by ``angles[n, i]`` (``[n, d/2]``, radians).
 

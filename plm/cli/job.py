@@ -79,7 +79,7 @@ class Job:
             empty="skip" if self.skip_empty else "error",
             id=self.naming,
         )
-        self._note(*reading.changes)
+        self.note(*reading.changes)
         return reading
 
     def keep_stdout_free(self, what: str) -> None:
@@ -231,12 +231,13 @@ class Job:
         if not count:
             return reading
         change = f"{_count('letters', count)} {', '.join(rare[:-1])} or {rare[-1]} read as X, as the model's authors do"
-        self._note(change)
+        self.note(change)
         return replace(reading, changes=[*reading.changes, change])
 
-    def _note(self, *changes: str) -> None:
-        for change in changes if not self.quiet else ():
-            note(change)
+    def note(self, *texts: str) -> None:
+        """Tell on stderr, unless all is to be quiet."""
+        for text in texts if not self.quiet else ():
+            note(text)
 
 
 def choose_task(model: "Model", task: str | None) -> str | None:

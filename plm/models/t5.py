@@ -9,9 +9,8 @@ Letters: n packed tokens (m of the encoder), b sequences, h heads, d head size, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Generic, Literal, TypeVar
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm.cache import Cache, Memory
+from plm.cache import Cache, Decoding, Memory, Room, steps
 from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
 from plm_kernels import RelativeBias, attention, attention_weights, linear, rms_norm
@@ -53,6 +52,11 @@ class Config:
     def widest(self) -> int:
         """Channels of the widest activation: both halves of a gated one lie beside their product."""
         return self.feed_forward * (1 if self.activation == "relu" else 3)
+
+    @property
+    def outputs(self) -> int:
+        """Tokens that the decoder chooses from."""
+        return self.vocabulary
 
     max_length = None  # most tokens per sequence: only memory limits it (``n_positions`` in published files is ignored)
 
@@ -299,30 +303,46 @@ class T5(nn.Module):
         packed = self.tied_head.of(x, self.embed.weight)
         return F.linear(x, self.embed.weight) if packed is None else linear(x, packed, None)
 
-    def begin(self, batch: Packed, rows_per_prompt: int, capacity: int) -> "Decoding":
-        """Encode the prompts and get ready to write ``rows_per_prompt`` texts of at most ``capacity`` tokens to each.
+    def room(self, room: Room) -> Decoding:
+        """A cache of this size, in which nothing is yet. Raises: ValueError if the checkpoint has no decoder."""
+        stack, config, like = self.need_decoder(), self.config, self.embed.weight
+        distance = torch.arange(1 - room.text_tokens, 1, device=like.device)
+        bias = stack.relative_bias().at(distance).contiguous()
+        outer, inner = (config.decoder_layers,), (config.heads, room.text_tokens, config.head_size)
+        cache = Cache((*outer, room.texts, *inner), scale=1.0, like=like, bias=bias)
+        inner = (config.heads, steps(room.prompt_tokens), config.head_size)
+        return Decoding(cache, Memory((*outer, room.prompts, *inner), scale=1.0, like=like))
 
-        Raises: ValueError if the checkpoint has no decoder.
-        """
-        stack, config = self.need_decoder(), self.config
+    def join(self, state: Decoding, prompts: Sequence[Sequence[int] | Tensor], counts: Sequence[int]) -> None:
+        """Encode prompts, and get ready to write ``counts`` texts to each, behind those that are there."""
+        batch = Packed.from_ids(prompts, self.embed.weight.device)
         encoded = self.encode(batch).hidden
-        memory = Memory(batch, rows_per_prompt, scale=1.0, like=encoded)
-        for block in stack:
-            memory.add(*block.cross.keys_values(encoded))
-        shape = (config.decoder_layers, len(batch) * rows_per_prompt, config.heads, capacity, config.head_size)
-        cache = Cache(shape, scale=1.0, like=encoded)
-        distance = torch.arange(1 - capacity, 1, device=encoded.device)
-        return Decoding(cache, memory, stack.relative_bias().at(distance).contiguous())
+        taken = state.join(batch.lengths, counts)
+        for layer, block in enumerate(self.need_decoder()):
+            state.memory.put(layer, taken, *block.cross.keys_values(encoded))
 
-    def step(self, tokens: Tensor, state: "Decoding") -> Tensor:
+    def begin(self, prompts: Packed, rows_per_prompt: int, capacity: int) -> Decoding:
+        """A cache for just these prompts, encoded, and ``rows_per_prompt`` texts of ``capacity`` tokens to each."""
+        state = self.room(Room(len(prompts) * rows_per_prompt, capacity, len(prompts), prompts.max_length))
+        self.join(state, prompts.split(prompts.tokens), [rows_per_prompt] * len(prompts))
+        return state
+
+    def step(self, tokens: Tensor, state: Decoding) -> Tensor:
         """The newest token of each text ``[r]`` in, logits of the next ``[r, v]`` out. ``state`` remembers the rest."""
         stack = self.need_decoder()
-        if state.cache.length == state.cache.capacity:
-            raise ValueError(f"the cache is full: it was begun with room for {state.cache.capacity} tokens")
+        state.check_room()
         x = self.embed(tokens)
-        bias = state.bias[:, state.cache.capacity - 1 - state.cache.length :]
         for layer, block in enumerate(stack):
-            x = block(x, partial(state.cache.attend, layer, bias), partial(state.memory.attend, layer))
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                return state.cache.attend(layer, q, k, v)[0].to(q.dtype)
+
+            def look(q: Tensor, layer: int = layer) -> Tensor:
+                found = state.memory.attend(layer, q)
+                assert found is not None  # an encoder's prompt has a token at least
+                return found[0].to(q.dtype)
+
+            x = block(x, attend, look)
         state.cache.advance()
         return self.logits(stack.norm(x))
 
@@ -332,20 +352,6 @@ class T5(nn.Module):
                 "this checkpoint is an encoder alone; use one with a decoder to write or to score sequences"
             )
         return self.decoder
-
-
-@dataclass
-class Decoding:
-    """Texts on their way: what they have written, what they look at, and the bias ``[h, capacity]`` by distance."""
-
-    cache: Cache
-    memory: Memory
-    bias: Tensor
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows ``[r]``: prompt by prompt, as they were. In inference mode if it began there."""
-        self.cache.keep(rows)
-        self.memory.keep(rows)
 
 
 def self_attention(

@@ -101,7 +101,8 @@ class FastaRows(RowsWriter):
         return ""
 
     def _text(self, row: Row) -> str:
-        return f">{row['id']} ll_mean={row['ll_mean']:.3f} stopped_by={row['stopped_by']}\n{row['sequence']}\n"
+        mean = "none" if row["ll_mean"] is None else f"{row['ll_mean']:.3f}"
+        return f">{row['id']} ll_mean={mean} stopped_by={row['stopped_by']}\n{row['sequence']}\n"
 
 
 @dataclass(frozen=True)

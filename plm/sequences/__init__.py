@@ -14,6 +14,7 @@ import re
 import zlib
 
 from plm.sequences.collector import Collector
+from plm.sequences.letters import PROMPT_SIGNS
 from plm.sequences.records import Case, Duplicates, Empty, Fault, InputError, Naming, OnStop, Reading, Record
 from plm.sequences.sources import open_source, read_source
 from plm.sequences.tables import Columns
@@ -65,7 +66,8 @@ def read_records(
             a column of sequences, the first two of CHAIN_COLUMNS. Case does not matter in names, nor space or ``_``.
         case: the case that letters are brought to, and the changed ones counted; or "keep" both. 3Di states, as
             ProstT5 takes them, are "lower". Except with "upper", a literal sequence may have lowercase letters.
-        prompts: whether ``_`` may stand for residues that a model is to fill in.
+        prompts: whether ``_`` may stand for residues that a model is to fill in, and ``1`` and ``2`` for the ends of a
+            protein, from which a model writes.
         on_stop: what an inner ``*`` is: an error, the letter X, or a reason to leave the sequence out. Stops at the end
             of a chain are always removed, and counted.
         strip_gaps: remove ``-`` and ``.`` (aligned FASTA) instead of refusing them.
@@ -81,7 +83,7 @@ def read_records(
     # Path.exists() would raise for a literal sequence that is longer than a path may be.
     if isinstance(source, str) and source != "-" and not os.path.exists(source):  # noqa: PTH110
         letters, how = ("A-Z", "in capitals, as MKTAYIAK") if case == "upper" else ("A-Za-z", "as letters alone")
-        letters += "_" if prompts else ""
+        letters += PROMPT_SIGNS if prompts else ""
         if not re.fullmatch(rf"(?:[{letters}|*\s-]|<\w+>)+", source):
             hint = f"check the spelling; a literal sequence is written {how}"
             raise InputError(repr(source), [Fault("no such file", hint)])

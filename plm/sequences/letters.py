@@ -8,6 +8,7 @@ from plm.sequences.records import Case
 
 SPACES = b" \t\v\f\r\n"
 GAPS = b"-."
+PROMPT_SIGNS = "_12"  # residues to be filled in, and the two ends of a protein
 # All letters pass: which of B J O U X Z a model knows is its tokenizer's affair.
 LETTERS: dict[Case, str] = {"upper": "A-Z", "lower": "a-z", "keep": "A-Za-z"}
 ALLOWED: dict[Case, bytes] = {
@@ -22,6 +23,8 @@ HINTS = {
     "-": "gaps of an alignment: --strip-gaps removes them",
     ".": "gaps of an alignment: --strip-gaps removes them",
     "_": "residues to be filled in: only the prompts of `plm generate` have them",
+    "1": "the N-terminus: only the prompts of `plm generate` have it",
+    "2": "the C-terminus: only the prompts of `plm generate` have it",
     "\0": "a NUL byte: the file is damaged or not text, fetch it again",
 }
 
@@ -36,7 +39,7 @@ class Problem(NamedTuple):
 
 
 def find_problem(sequence: bytes, case: Case, prompts: bool = False) -> Problem | None:
-    """The first thing that is wrong with a tidied sequence, or None. Prompts may hold ``_``."""
+    """The first thing that is wrong with a tidied sequence, or None. Prompts may hold ``PROMPT_SIGNS``."""
     if not sequence:
         hint = "give it residues, remove it, or leave such records out with --skip-empty"
         return Problem("empty sequence", hint, "empty")
@@ -46,7 +49,7 @@ def find_problem(sequence: bytes, case: Case, prompts: bool = False) -> Problem 
     if missing := [name for name, chain in zip(("heavy", "light"), chains, strict=False) if not chain]:
         hint = "a pair is HEAVY|LIGHT: give it both chains, or leave such records out with --skip-empty"
         return Problem(f"no {' and no '.join(missing)} chain", hint, "empty")
-    signs = b"|_" if prompts else b"|"
+    signs = b"|" + (PROMPT_SIGNS.encode() if prompts else b"")
     if not sequence.translate(None, ALLOWED[case] + signs):
         return None
     found = next((match for match in NOT_ALLOWED[case].finditer(sequence) if match[1] and match[1] not in signs), None)
