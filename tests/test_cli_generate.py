@@ -87,8 +87,10 @@ def test_fasta_holds_what_python_gives(run: Plm, ankh: str, prompts: str, tmp_pa
     code, out, err = run("generate", prompts, "-m", ankh, "--num-samples", "3", "--seed", "7", *argv)
     text = (tmp_path / argv[1]).read_text() if argv else out
     assert code == 0 and text == as_fasta(list(PROMPTS), expected)
-    assert err.startswith("Note: Ankh's weights") and err.count("\n") == 2
-    assert re.search(r"3 prompts, 9 samples, [\d,]+ tokens in .* with ankh_tiny, seed 7", err)
+    licence, size, summary = err.splitlines()
+    assert licence.startswith("Note: Ankh's weights")
+    assert re.fullmatch(r"Note: keys and values of up to 9 texts of \d+ tokens and 3 prompts take \d+ MB", size)
+    assert re.match(r"3 prompts, 9 samples, [\d,]+ tokens in .* with ankh_tiny, seed 7", summary)
     assert outputs(tmp_path, "in.fasta") == [*argv[1:2]]
 
 
@@ -202,7 +204,7 @@ def test_translation(run: Plm, prostt5: str, tmp_path: Path) -> None:
     for text, notes in ((states, 0), (states.upper(), 1)):
         (tmp_path / "in.fasta").write_text(f">a\n{text}\n")
         code, out, err = run("generate", "in.fasta", "-m", prostt5, "--task", "fold2aa", "--seed", "2")
-        assert (code, out, err.count("Note: ")) == (0, back, notes)
+        assert (code, out, err.count("Note: ")) == (0, back, 1 + notes)  # one is on the size of the cache
     assert err.startswith("Note: 22 uppercase letters lower-cased")
     assert run("generate", states, "-m", prostt5, "--task", "fold2aa", "--seed", "2").out == back.replace(">a", ">1")
 
@@ -346,17 +348,17 @@ def test_an_old_output_stays_until_the_new_one_is_complete(
 
 
 def stop_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the second batch is being written."""
-    from plm.generation import write
+    """Ctrl-C when the second prompt's samples are finished."""
+    from plm.generation import complete
 
-    batches = iter([write])
+    done = iter([complete])
 
     def interrupted(*given: Any) -> Any:
-        if (go_on := next(batches, None)) is None:
+        if (go_on := next(done, None)) is None:
             raise KeyboardInterrupt
         return go_on(*given)
 
-    monkeypatch.setattr("plm.generation.write", interrupted)
+    monkeypatch.setattr("plm.generation.complete", interrupted)
 
 
 def test_what_is_not_a_number_is_not_written(
@@ -364,7 +366,7 @@ def test_what_is_not_a_number_is_not_written(
 ) -> None:
     monkeypatch.setattr("plm.generation.Sample.ll_sum", float("nan"))
     code, out, err = run("generate", prompts, "-m", ankh)
-    assert (code, out) == (5, "") and "P3_1: ll_sum is nan; check the weights with `plm verify`" in err
+    assert (code, out) == (5, "") and "P2_1: ll_sum is nan; check the weights with `plm verify`" in err
     assert outputs(tmp_path, "in.fasta") == []
 
 

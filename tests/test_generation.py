@@ -346,7 +346,7 @@ def test_length_is_for_completions(model: plm.Model, prompt: str) -> None:
 
 def test_models_that_do_not_write(model: plm.Model) -> None:
     for silent in (encoder_alone(), igbert(), model):
-        wanted = f"{silent.checkpoint.name} writes no sequences; use a model with a decoder, such as ankh3-large"
+        wanted = f"{silent.checkpoint.name} writes no sequences; use ProGen2, or a model with a decoder such as ankh3"
         with pytest.raises(ValueError, match=wanted):
             plm.generate(silent, "MKT")
     with pytest.raises(TypeError, match=r"plm\.load\('ankh-base'\)"):
