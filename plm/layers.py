@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm_kernels import linear, pack_weight
+from plm_kernels import FEW, eight_bits, linear, linear_8bit, pack_weight
 
 _unchanged: ContextVar[object | None] = ContextVar("unchanged", default=None)
 
@@ -56,18 +56,49 @@ class PackedWeight:
             self.packed, self.made_from, self.sample = pack_weight(weight), state, sample.clone()
         return self.packed
 
+    def of_8_bits(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The packed form of whole numbers as bfloat16, made once: they are not trained."""
+        if x.device.type != "cpu":
+            return None
+        if self.made_from is None:
+            self.packed = pack_weight(weight.to(torch.bfloat16))
+            self.made_from = (weight.data_ptr(), weight._version, weight.dtype)
+        return self.packed
+
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that predicts on packed weights on a CPU; ``gelu=True`` adds the exact GELU in the same pass."""
+    """``nn.Linear`` that predicts on packed weights on a CPU; ``gelu=True`` adds the exact GELU in the same pass.
+
+    Its weight may be kept in 8 bits (see ``plm_kernels.eight_bit``): then ``scale`` is there, and it only predicts.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
         self.packed = PackedWeight()
+        self.scale: Tensor | None = None
+
+    def keep_8_bits(self) -> None:
+        """Keep the weight in 8 bits from now on, and take and give bfloat16."""
+        whole, scale = eight_bits(self.weight)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+        del self.scale
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """``[n, i] -> [n, o]``."""
+        if self.scale is not None:
+            y = self.in_8_bits(x, self.scale)
+            return F.gelu(y) if gelu else y
         packed = self.packed.of(x, self.weight)
         if packed is not None:
             return linear(x, packed, self.bias, gelu=gelu)
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y) if gelu else y
+
+    def in_8_bits(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Few rows on the whole numbers themselves; many on the same numbers in bfloat16, packed when first needed."""
+        if len(x) <= FEW:
+            return linear_8bit(x, self.weight, scale, self.bias)
+        wide = self.packed.of_8_bits(x, self.weight)
+        y = (F.linear(x, self.weight.to(x.dtype)) if wide is None else linear(x, wide, None)) * scale
+        return y if self.bias is None else y + self.bias

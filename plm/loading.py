@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
+from plm.layers import Linear
 from plm.tokens import Tokenizer, checked
 from plm_weights import (
     CheckpointError,
@@ -30,6 +31,7 @@ from plm_weights.registry import CHECKPOINTS, Checkpoint, find
 from plm_weights.vocabularies import published_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+EIGHT_BIT = "int8"  # not what is computed in: linear weights are kept in 8 bits, and all else is bfloat16
 ORIGINAL = "fair-esm:"  # before a name: the authors' own files, not the hub's
 UNKNOWN = "unknown: see where the files came from"
 
@@ -74,6 +76,7 @@ class Model:
     net: Network
     tokenizer: Tokenizer
     checkpoint: Origin
+    weights: str = ""  # how linear weights are kept, if not in the dtype: "int8"
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +168,10 @@ def load(
             "fair-esm:" before a registry name ("fair-esm:esm2_t6_8M_UR50D") takes Meta's own files, from torch's hub
             folder or from their addresses. Those in torch's hub folder also serve where the hub is out of reach.
         device: "auto" (or None) takes CUDA where there is one, else the CPU.
-        dtype: "auto" (or None) is float32 on a CPU and bfloat16 on CUDA; or a name, or a ``torch.dtype``.
+        dtype: "auto" (or None) is float32 on a CPU and bfloat16 on CUDA; or a name, or a ``torch.dtype``. "int8" keeps
+            linear weights (the head's aside) in 8 bits with a scale per output, and computes in bfloat16: a quarter of
+            the memory of float32, and on a CPU the fastest way to write one sequence at a time. It rounds weights by
+            about 0.8 % of their size, where bfloat16 rounds them by 0.2 %.
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
 
@@ -180,7 +186,8 @@ def load(
         CheckpointError: the files are torn, foreign, hostile or incomplete, or hold a NaN or an infinity.
     """
     at = choose_device(device)
-    precision = choose_dtype(dtype, at)
+    eight_bit = dtype in (EIGHT_BIT, torch.int8)
+    precision = torch.bfloat16 if eight_bit else choose_dtype(dtype, at)
     path, row = locate(source, revision=revision, offline=offline)
     opened = open_checkpoint(path)
     if precision == torch.float16 and opened.family.no_float16:
@@ -188,7 +195,7 @@ def load(
     tokenizer = opened.tokenizer()
     if row is not None and row.pairs is False:
         tokenizer = replace(tokenizer, separator=None)
-    net = build(opened, at, precision)
+    net = build(opened, at, precision, eight_bit=eight_bit)
     notice = opened.family.notice(opened.config)
     if notice:
         warnings.warn(notice, LicenceNotice, stacklevel=2)
@@ -199,7 +206,8 @@ def load(
         )
     files = tuple(WeightFile(file) for file in opened.tensors.files)
     came = origin(path, row, opened.family.name, revision, files)
-    return Model(net, tokenizer, came if row or not notice else replace(came, licence=notice))
+    came = came if row or not notice else replace(came, licence=notice)
+    return Model(net, tokenizer, came, EIGHT_BIT if eight_bit else "")
 
 
 def origin(
@@ -223,18 +231,23 @@ def local_name(path: Path) -> str:
     return path.parent.resolve().name if path.name.partition(".")[0] in ("model", "pytorch_model") else path.stem
 
 
-def build(opened: Opened, device: torch.device, dtype: torch.dtype) -> Network:
-    """The network of an opened checkpoint, filled and in eval mode."""
+def build(opened: Opened, device: torch.device, dtype: torch.dtype, *, eight_bit: bool = False) -> Network:
+    """The network of an opened checkpoint, filled and in eval mode; ``eight_bit``: its linear weights in 8 bits."""
     family = opened.family
     with torch.device("meta"):
         net = family.network(opened.config)
     state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
+    narrow = [name for name, module in net.named_modules() if isinstance(module, Linear) and name != "lm_head"]
+    as_stored = {f"{name}.weight" for name in narrow} if eight_bit else set()
     for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
         precision = torch.float32 if name in family.always_float32 else dtype
         if name in family.float32_at_least:
             precision = torch.promote_types(dtype, torch.float32)
-        state[name] = state[name].to(device, precision)
+        state[name] = state[name].to(device, state[name].dtype if name in as_stored else precision)
     net.load_state_dict(state, assign=True)
+    for name, module in net.named_modules():
+        if isinstance(module, Linear) and f"{name}.weight" in as_stored:
+            module.keep_8_bits()
     return net.eval()
 
 
@@ -357,7 +370,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(
-            f"dtype {dtype!r} is unknown; choose 'auto', {', '.join(map(repr, DTYPES))} or a torch.dtype of these"
+            f"dtype {dtype!r} is unknown; choose 'auto', {', '.join(map(repr, (*DTYPES, EIGHT_BIT)))} or a torch.dtype "
+            "of these"
         )
     return chosen
 

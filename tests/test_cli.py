@@ -45,7 +45,7 @@ assert not {"torch", "numpy", "huggingface_hub"} & set(sys.modules), "imported t
 def test_written_out_choices_are_those_of_the_library() -> None:
     from plm.conversion import Form
     from plm.embedding import Pool
-    from plm.loading import DTYPES
+    from plm.loading import DTYPES, EIGHT_BIT
     from plm.outputs.rows import LAYOUTS
     from plm.outputs.writer import DTYPES as STORED
     from plm.scoring import How
@@ -57,7 +57,7 @@ def test_written_out_choices_are_those_of_the_library() -> None:
     assert get_args(How) == command_modules["score"].HOW
     assert set(command_modules["score"].FORMATS) < set(LAYOUTS) == set(command_modules["generate"].FORMATS)
     assert get_args(Form) == command_modules["convert"].FORMS
-    assert ("auto", *DTYPES) == options.DTYPES
+    assert ("auto", *DTYPES) == options.DTYPES and (*options.DTYPES, EIGHT_BIT) == options.LOADED
 
 
 @pytest.mark.parametrize("command", [embed, contacts, score, generate, convert], ids=lambda command: command.name)

@@ -1,5 +1,6 @@
 """Kernels of plm: attention on packed sequences, rotary positions, packed linear weights, norms. Imports only torch."""
 
+from plm_kernels.eight_bit import FEW, eight_bits, linear_8bit
 from plm_kernels.linear import linear, pack_weight, packing_available
 from plm_kernels.norms import rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
@@ -8,13 +9,16 @@ from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs
 
 __all__ = [
+    "FEW",
     "RelativeBias",
     "Turns",
     "attention",
     "attention_backends",
     "attention_part",
     "attention_weights",
+    "eight_bits",
     "linear",
+    "linear_8bit",
     "merge_parts",
     "pack_weight",
     "packing_available",

@@ -151,7 +151,7 @@ class Job:
             "sha256": _hashes(origin),
             "licence": origin.licence,
             "citation": origin.citation,
-            "dtype": _name(model.dtype),
+            "dtype": _precision(model),
             "device": str(model.device),
             "seed": self.seed,
             **_describe_input(self.input, literal=all(record.line == 0 for record in reading.records)),
@@ -207,7 +207,7 @@ class Job:
                 "seconds": round(seconds, 3),
                 f"{unit}_per_second": round(speed, 1),
                 "device": str(model.device),
-                "dtype": _name(model.dtype),
+                "dtype": _precision(model),
                 "model": origin.name,
                 "revision": origin.revision,
                 "output": output,
@@ -218,7 +218,7 @@ class Job:
         if not self.quiet:
             name = f"{origin.name}@{origin.revision[:8]}" if origin.revision else origin.name
             done = f"{', '.join(_count(*item) for item in counts.items())} in {seconds:.1f} s"
-            how = f"{speed:,.0f} {unit}/s on {model.device} in {_name(model.dtype)} with {name}"
+            how = f"{speed:,.0f} {unit}/s on {model.device} in {_precision(model)} with {name}"
             drawn = f", seed {seed}" if seed is not None else ""
             where = f" -> {output}" if output not in (None, "-") else ""
             failed = f"; {len(reading.failed):,} failed" if reading.failed else ""
@@ -270,8 +270,8 @@ def _count(what: str, number: int) -> str:
     return f"{number:,} {what.removesuffix('s') if number == 1 else what}"
 
 
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
+def _precision(model: "Model") -> str:
+    return model.weights or str(model.dtype).removeprefix("torch.")
 
 
 def _describe_input(source: str, literal: bool) -> dict[str, str | None]:

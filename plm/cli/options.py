@@ -19,6 +19,7 @@ NO_MODEL = (
 )
 # Written out, because asking the library would import torch.
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+LOADED = (*DTYPES, "int8")
 
 
 def _model_given(context: click.Context, option: click.Parameter, value: str | None) -> str:
@@ -39,10 +40,10 @@ model = click.option(
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, ...")
 dtype = click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(LOADED),
     default="auto",
     show_default=True,
-    help="auto: bfloat16 on CUDA, else float32.",
+    help="auto: bfloat16 on CUDA, else float32. int8: linear weights in 8 bits, all else bfloat16.",
 )
 revision = click.option("--revision", help="Commit or branch on the hub.")
 offline = click.option("--offline", is_flag=True, help="Use only what is on this machine.")
