@@ -11,11 +11,12 @@ Letters: r rows (texts being written), p prompts, h heads, d head size, t tokens
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from plm_kernels import attention_part, runs
+from plm_kernels import attention_part, merge_parts, runs
 
 STEP = 64  # prompts are remembered in multiples of so many tokens
 GROUP = (
@@ -216,6 +217,18 @@ class Call:
         return self.slots.stop - self.slots.start  # type: ignore[no-any-return]
 
 
+class State(Protocol):
+    """What a network that goes on from its prompts asks of a cache while it writes; ``Decoding`` for one."""
+
+    def join(self, lengths: Sequence[int], counts: Sequence[int]) -> range: ...
+    def put(self, layer: int, taken: range, keys: Tensor, values: Tensor) -> None: ...
+    def positions(self, device: torch.device) -> Tensor: ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    def advance(self) -> None: ...
+    def check_room(self) -> None: ...
+    def keep(self, rows: Sequence[int]) -> None: ...
+
+
 @dataclass
 class Decoding:
     """Texts on their way: what they have written, and the prompts that they look at or go on from."""
@@ -227,6 +240,19 @@ class Decoding:
         """Room for prompts of these lengths and so many texts to each; the prompts' slots, for ``memory.put``."""
         self.cache.take([0] * sum(counts))
         return self.memory.join(lengths, counts)
+
+    def put(self, layer: int, taken: range, keys: Tensor, values: Tensor) -> None:
+        """Remember what a layer made of the prompts that took these slots."""
+        self.memory.put(layer, taken, keys, values)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the newest token's k and v ``[r, h, d]``, then attend with its q to the prompt and to the text."""
+        own, prompt = self.cache.attend(layer, q, k, v), self.memory.attend(layer, q)
+        return (own[0] if prompt is None else merge_parts(prompt, own)).to(q.dtype)
+
+    def advance(self) -> None:
+        """All layers have the newest token."""
+        self.cache.advance()
 
     def keep(self, rows: Tensor | Sequence[int]) -> None:
         """Go on with these rows, prompt by prompt. In inference mode if it began there."""

@@ -9,12 +9,12 @@ Letters: r rows (texts being written), v vocabulary, t tokens.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from plm.cache import Decoding, Room
+from plm.cache import Room, State
 from plm.layers import weights_unchanged
 from plm.sampling import Rules
 
@@ -30,11 +30,11 @@ Draw = Callable[[Sequence[Name], int], Tensor]
 class Network(Protocol):
     """What a network must do to be written with; ``plm.models.t5`` and ``plm.models.progen2`` do it."""
 
-    embed: nn.Embedding
-
-    def room(self, room: Room) -> Decoding: ...
-    def join(self, state: Decoding, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> None: ...
-    def step(self, tokens: Tensor, state: Decoding) -> Tensor: ...
+    @property
+    def embed(self) -> nn.Embedding: ...
+    def room(self, room: Room) -> Any: ...
+    def join(self, state: Any, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> None: ...
+    def step(self, tokens: Tensor, state: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def begin(net: Network, requests: Sequence[Request], uniform: Tensor) -> Live:
 
 
 def one_more(
-    net: Network, state: Decoding, live: Live, choose: Choose, rules: Rules
+    net: Network, state: State, live: Live, choose: Choose, rules: Rules
 ) -> tuple[list[int], list[float], list[bool]]:
     """Write one token to every row. Returns: the tokens, their log-probabilities, and whether a text ends there."""
     row = torch.arange(len(live.length), device=live.length.device)

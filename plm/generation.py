@@ -95,6 +95,7 @@ def generate(
     forced: Mapping[int, str | int] | None = None,
     residues_only: bool = False,
     likelihood: bool = True,
+    cuda_graphs: bool = True,
     task: str | None = None,
     seed: int | None = None,
     max_tokens: int | None = None,
@@ -142,6 +143,7 @@ def generate(
             a completion by ``n`` tokens has ``n`` residues whatever the model prefers. The published recipes do not ban
             them, and trained models hardly ever write anything else. In translations they are always banned.
         likelihood: compute ``Sample.score`` of what ProGen2 wrote, which takes two passes over each protein.
+        cuda_graphs: on CUDA, record ProGen2's steps and repeat them: see ``plm.graphs``.
         seed: of the random numbers; None draws one. A sample depends on it, on its prompt's place and on its own
             number, and on nothing that is written beside it.
         max_tokens: tokens of prompts and texts that are worked on at a time; None for what fits well into memory.
@@ -170,6 +172,7 @@ def generate(
         forced=forced or {},
         residues_only=residues_only,
         likelihood=likelihood,
+        cuda_graphs=cuda_graphs,
         seed=seed,
         max_tokens=max_tokens,
     )

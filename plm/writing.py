@@ -13,9 +13,11 @@ from torch import Tensor
 from plm import running
 from plm.beams import beam_search
 from plm.cache import Room, cache_dtype
-from plm.decoding import Request, Step, Text, room_for, steps
+from plm.decoding import Network, Request, Step, Text, room_for, steps
+from plm.graphs import Graphed, graph_tokens
 from plm.loading import Model
 from plm.memory import free_memory, gigabytes
+from plm.models.progen2 import ProGen2
 from plm.models.t5 import T5
 from plm.packing import batches
 from plm.prompts import Prompt, allowed, forced_places, lengths, writer
@@ -47,6 +49,7 @@ class Settings:
     forced: Mapping[int, str | int] = field(default_factory=dict, hash=False)
     residues_only: bool = False
     likelihood: bool = True
+    cuda_graphs: bool = True
     seed: int | None = None
     max_tokens: int | None = None
 
@@ -120,7 +123,7 @@ class Job:
     def steps(self, order: Sequence[int], rows: int) -> Iterator[Step]:
         """The loop that writes, over prompts in this order; its names are those of all prompts."""
         order = list(order)
-        net = writer(self.model)
+        net = network(self.model, self.how)
 
         def draw(names: Sequence[tuple[int, int]], length: int) -> Tensor:
             return streams(self.seed, [(order[prompt], number) for prompt, number in names], length)
@@ -147,19 +150,31 @@ class Job:
                 early_stopping=how.early_stopping,
             )
 
-        budget = default_max_tokens(self.model) if how.max_tokens is None else how.max_tokens
+        budget = default_max_tokens(self.model, how) if how.max_tokens is None else how.max_tokens
         for batch, texts in running.halved(self.model, batches(costs, budget), work):
             yield from ((i, found[: how.num_samples]) for i, found in zip(batch, texts, strict=True))
 
     def room(self, rows: int | None = None) -> tuple[Room, int]:
         """What the cache holds, and its bytes."""
         room = room_for(self.requests, self.how.num_samples, rows or self.rows)
-        return room, cache_bytes(self.model, room)
+        return room, cache_bytes(self.model, self.how, room)
 
 
-def cache_bytes(model: Model, room: Room) -> int:
+def network(model: Model, how: Settings) -> Network:
+    """What takes the steps: on CUDA a ProGen2's recorded ones, unless it is asked not to record."""
+    net = writer(model)
+    return Graphed(net) if graphed(model, how) and isinstance(net, ProGen2) else net
+
+
+def graphed(model: Model, how: Settings) -> bool:
+    return how.cuda_graphs and model.device.type == "cuda" and isinstance(model.net, ProGen2)
+
+
+def cache_bytes(model: Model, how: Settings, room: Room) -> int:
     """Bytes of all keys and values."""
     net = writer(model)
+    if graphed(model, how):  # a row's prompt lies beside its text
+        room = Room(room.texts, graph_tokens(room), prompts=0, prompt_tokens=0)
     layers = net.config.decoder_layers if isinstance(net, T5) else net.config.layers
     return room.bytes(layers, net.config.heads, net.config.head_size, cache_dtype(net.embed.weight))
 
@@ -170,17 +185,17 @@ def fitting_rows(model: Model, requests: Sequence[Request], how: Settings) -> in
     Raises: MemoryError if they would not fit into what is free, with the number that would.
     """
     longest = max(request.max_length + len(request.ids) for request in requests)
-    budget = default_max_tokens(model) if how.max_tokens is None else how.max_tokens
+    budget = default_max_tokens(model, how) if how.max_tokens is None else how.max_tokens
     wanted = max(1, min(budget // longest, how.num_samples * len(requests)))
     free = free_memory(model.device)
     if free is None:
         return wanted
     rows = next(
-        (n for n in range(wanted, 0, -1) if cache_bytes(model, room_for(requests, how.num_samples, n)) <= free), 0
+        (n for n in range(wanted, 0, -1) if cache_bytes(model, how, room_for(requests, how.num_samples, n)) <= free), 0
     )
     if rows == wanted or (rows and how.max_tokens is None):
         return rows
-    needed = cache_bytes(model, room_for(requests, how.num_samples, wanted))
+    needed = cache_bytes(model, how, room_for(requests, how.num_samples, wanted))
     hint = f"{rows} at a time would: give max_tokens={rows * longest}" if rows else "give a smaller max_length"
     raise MemoryError(
         f"keys and values of {wanted} texts of up to {longest:,} tokens take {gigabytes(needed)}, and "
@@ -188,7 +203,7 @@ def fitting_rows(model: Model, requests: Sequence[Request], how: Settings) -> in
     )
 
 
-def default_max_tokens(model: Model) -> int:
+def default_max_tokens(model: Model, how: Settings) -> int:
     """Tokens of prompts and texts at a time: as many as keep their keys and values within a gibibyte or so."""
-    size = cache_bytes(model, Room(texts=1, text_tokens=1, prompts=0, prompt_tokens=0))
+    size = cache_bytes(model, replace(how, cuda_graphs=False), Room(texts=1, text_tokens=1, prompts=0, prompt_tokens=0))
     return max(1_024, min(16_384, (1 << 30) // size))

@@ -97,5 +97,5 @@ def test_it_writes(name: str) -> None:
 
 def test_torch_int8_is_the_same_and_other_names_are_refused() -> None:
     assert plm.load(GOLDEN / FOLDERS[0], dtype=torch.int8).weights == "int8"
-    with pytest.raises(ValueError, match="'int4' is unknown; choose 'auto', .*'int8'"):
+    with pytest.raises(ValueError, match=r"'int4' is unknown; choose 'auto', .*'int8'"):
         plm.load(GOLDEN / FOLDERS[0], dtype="int4")

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm.cache import Cache, Decoding, Memory, Room, steps
+from plm.cache import Cache, Decoding, Memory, Room, State, steps
 from plm.layers import Linear
 from plm.packing import Packed
-from plm_kernels import Turns, attention, attention_weights, merge_parts, rotary_pairs
+from plm_kernels import Turns, attention, attention_weights, rotary_pairs
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys (both turned) and values ``[n, h, d]`` to what each token gathers, ``[n, h, d]``."""
@@ -180,7 +180,7 @@ class ProGen2(nn.Module):
         prompts = (config.layers, room.prompts, config.heads, steps(room.prompt_tokens), config.head_size)
         return Decoding(Cache(texts, scale, like), Memory(prompts, scale, like))
 
-    def join(self, state: Decoding, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
+    def join(self, state: State, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
         """Read prompts up to their last token, which ``step`` wants next, once for each of ``counts`` texts."""
         read = [ids[:-1] for ids in prompts]  # an empty one has no token to be read
         taken = state.join([len(ids) for ids in read], counts)
@@ -190,21 +190,16 @@ class ProGen2(nn.Module):
         attend = self_attention(batch, self.config.head_size**-0.5, None)
 
         def remember(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            state.memory.put(layer, taken, k, v)
+            state.put(layer, taken, k, v)
             return attend(q, k, v)
 
         self.read(batch.tokens, batch.positions, remember)
 
-    def step(self, tokens: Tensor, state: Decoding) -> Tensor:
+    def step(self, tokens: Tensor, state: State) -> Tensor:
         """The newest token of each text ``[r]`` in, logits of the next ``[r, v]`` out. ``state`` remembers the rest."""
         state.check_room()
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            own, prompt = state.cache.attend(layer, q, k, v), state.memory.attend(layer, q)
-            return (own[0] if prompt is None else merge_parts(prompt, own)).to(q.dtype)
-
-        hidden = self.read(tokens, state.positions(tokens.device), attend)
-        state.cache.advance()
+        hidden = self.read(tokens, state.positions(tokens.device), state.attend)
+        state.advance()
         return self.logits(hidden)
 
     def turns(self, positions: Tensor) -> Turns:

@@ -1,0 +1,130 @@
+"""Steps that are recorded and repeated: the same numbers, whoever joins and leaves, and nothing asked of the device.
+
+There is no GPU here: what a graph would repeat is repeated as it stands, and traced on tensors without data.
+"""
+
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from plm.cache import Room
+from plm.decoding import Request, write
+from plm.graphs import TOKENS, Graphed, StaticDecoding, graph_tokens
+from plm.models.progen2 import Config, ProGen2
+from plm.packing import Packed
+from plm.sampling import Rules, Sampler, streams
+
+CONFIG = Config(32, 30, 2, 32, 4, 4, 48, max_length=400)
+# Two float64 programs that add in another order: 1e-15 is seen on logits of up to 2.
+FLOAT64 = 1e-13
+
+
+@pytest.fixture
+def net() -> ProGen2:
+    torch.manual_seed(0)
+    return ProGen2(CONFIG).double().eval().requires_grad_(False)
+
+
+class Repeated:
+    """In place of a CUDA graph: the work itself, its result put where a graph would put it."""
+
+    def __init__(self) -> None:
+        self.recorded = self.run = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        self.recorded += 1
+        result = work().clone()
+
+        def repeat() -> None:
+            self.run += 1
+            result.copy_(work())
+
+        return result, repeat
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 30, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def test_every_step_is_that_of_the_whole_sequence(net: ProGen2) -> None:
+    """Prompts of several lengths and numbers of texts, others that join later, and rows that leave."""
+    graphs = Graphed(net, Repeated())
+    state = graphs.room(Room(texts=7, text_tokens=20, prompts=4, prompt_tokens=150))
+    prompts = [random_ids(length, length) for length in (1, 5, 150, 9)]
+    rows = [prompts[0], prompts[1], prompts[1], prompts[2], prompts[3], prompts[3]]
+    texts = [[*prompt, *random_ids(12, 100 + i)] for i, prompt in enumerate(rows)]
+    graphs.join(state, prompts[:3], [1, 2, 1])
+    taken, live = [len(prompt) - 1 for prompt in rows], [0, 1, 2, 3]
+    for step in range(9):
+        if step == 3:
+            live = [0, 2, 3]
+            state.keep(live)
+        if step == 5:
+            graphs.join(state, prompts[3:], [2])
+            live = [0, 2, 3, 4, 5]
+        found = graphs.step(torch.tensor([texts[row][taken[row]] for row in live]), state)
+        for row in live:
+            taken[row] += 1
+        batch = Packed.from_ids([texts[row][: taken[row]] for row in live])
+        wanted = net(batch).logits[batch.offsets[1:].long() - 1]
+        assert (found - wanted).abs().max() < FLOAT64, step
+
+
+@torch.inference_mode()
+def test_one_record_for_each_bucket(net: ProGen2) -> None:
+    """Rows in powers of two, tokens in multiples of TOKENS; and a new cache is recorded anew."""
+    record = Repeated()
+    graphs = Graphed(net, record)
+    room = Room(texts=4, text_tokens=2 * TOKENS, prompts=1, prompt_tokens=1)
+    state = graphs.room(room)
+    graphs.join(state, [[3]], [4])
+    for rows in (4, 3, 2, 1):
+        state.keep(range(rows))
+        for _ in range(40):
+            graphs.step(torch.full((rows,), 7), state)
+    assert graphs.steps.keys() == {(4, TOKENS), (2, TOKENS), (1, TOKENS), (1, 2 * TOKENS)}
+    assert record.recorded == 4 and record.run == 160
+    graphs.room(room)
+    assert not graphs.steps
+
+
+def test_the_loop_writes_the_same(net: ProGen2) -> None:
+    prompts = [random_ids(length, length) for length in (2, 7, 1)]
+    allowed = torch.ones(CONFIG.outputs, dtype=torch.bool)
+    requests = [Request(ids, 0, 30, allowed, start=ids) for ids in prompts]
+
+    def draw(names: list[tuple[int, int]], length: int) -> Tensor:
+        return streams(3, names, length)
+
+    found = [write(each, requests, Sampler(), Rules((2, 3, 4)), draw, 3, 5) for each in (net, Graphed(net, Repeated()))]
+    assert found[0] == found[1]
+    for one, other in zip(*map(chain.from_iterable, found), strict=True):
+        torch.testing.assert_close(one.log_probs, other.log_probs, rtol=0, atol=1e-6)  # kept in float32
+
+
+def test_a_step_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced without data: a length that is read back would raise, and a graph could not be recorded."""
+    monkeypatch.setattr("plm_kernels.parts.fused_available", lambda: False)  # a GPU takes the formula,
+    monkeypatch.setattr("plm.layers.PackedWeight.of", lambda *_: None)  # and packs nothing
+    with FakeTensorMode():
+        net = ProGen2(CONFIG).eval()
+        state = StaticDecoding(Room(4, 20, 2, 30), CONFIG.layers, CONFIG.heads, CONFIG.head_size, 0.5, net.embed.weight)
+        state.known, state.rows, state.tokens = [3, 5], 4, TOKENS
+        with torch.no_grad():
+            assert net.step(torch.zeros(4, dtype=torch.int64), state).shape == (4, CONFIG.outputs)
+
+
+def test_room() -> None:
+    net = ProGen2(CONFIG).eval()
+    graphs, room = Graphed(net, Repeated()), Room(texts=2, text_tokens=3, prompts=1, prompt_tokens=4)
+    state = graphs.room(room)
+    assert state.keys.shape == (CONFIG.layers, 2, CONFIG.heads, graph_tokens(room), CONFIG.head_size)
+    with torch.inference_mode():
+        graphs.join(state, [[3, 5, 6, 7]], [2])
+        with pytest.raises(ValueError, match="3 rows of up to 3 tokens; there is room for fewer"):
+            graphs.join(state, [[3]], [1])
