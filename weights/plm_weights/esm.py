@@ -28,8 +28,8 @@ Layout = Literal["hub", "fair", "plm"]
 LAYOUTS: tuple[tuple[Layout, tuple[str, ...], str, str], ...] = (
     ("hub", ("esm.", ""), "encoder.layer.", ".attention.LayerNorm."),
     ("fair", ("encoder.sentence_encoder.", "encoder.", ""), "layers.", ".self_attn_layer_norm."),
-    ("plm", ("",), "norm.weight", ""),  # the final norm, which our BERT has not
 )
+OWN_MARKS = {"norm.weight", "blocks.0.attention.qkv.weight"}  # our BERT has no final norm, our ProGen2 no such matrix
 
 
 def recognise(names: Iterable[str]) -> Layout | None:
@@ -55,6 +55,8 @@ def stores_frequencies(names: Iterable[str]) -> bool:
 
 def _layout(names: list[str]) -> tuple[Layout, str] | None:
     """The layout and the prefix of its names."""
+    if OWN_MARKS.issubset(names):
+        return "plm", ""
     for layout, prefixes, layers, norm in LAYOUTS:
         for prefix in prefixes:
             if any(name.startswith(prefix + layers) and norm in name for name in names):
