@@ -1,5 +1,6 @@
 """What every verb does before and around the forward pass: encode, check, batch, run, and check what came out."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from plm.tokens import Tokenizer
 
 Proteins = str | tuple[str, str]
 """Residues; or the heavy and the light chain of an antibody, also written ``HEAVY|LIGHT``."""
+BAR = re.compile(r"(?<!<)\|(?!>)")  # between two chains, and not in a token such as ProGen2's <|bos|>
 T = TypeVar("T")
 Run = Callable[[Packed, Sequence[bytes]], list[Tensor]]
 """One batch, and its sequences without the tokens around them, to one tensor per sequence."""
@@ -93,7 +95,7 @@ def encode(model: Model, sequences: Sequence[str], *, task: str | None = None, h
         faults.append(Fault(reason, hint, record=i + 1, id=sequences[i][:12]))
 
     for i, sequence in enumerate(sequences):
-        chains = [chain.strip() for chain in sequence.split("|")]
+        chains = [chain.strip() for chain in BAR.split(sequence)]
         if not all(chains) or len(chains) > 2:
             fault(i, *chain_fault(chains))
             continue
@@ -137,7 +139,7 @@ def foreign_tokens(tokenizer: Tokenizer, hidden: bool) -> bytes:
 
 def minority(sequences: Sequence[str]) -> set[int]:
     """The pairs if most sequences are single chains, else the single chains; none if all are alike."""
-    pairs = {i for i, sequence in enumerate(sequences) if "|" in sequence}
+    pairs = {i for i, sequence in enumerate(sequences) if BAR.search(sequence)}
     singles = set(range(len(sequences))) - pairs
     return pairs if len(pairs) < len(singles) else singles if pairs else set()
 

@@ -11,6 +11,8 @@ import torch
 
 from plm.models.bert import BERT
 from plm.models.bert import Config as BertConfig
+from plm.models.progen2 import Config as ProGen2Config
+from plm.models.progen2 import ProGen2
 from plm.models.t5 import T5
 from plm.models.t5 import Config as T5Config
 from plm_weights import write_safetensors
@@ -37,6 +39,12 @@ def save_tiny_bert(folder: Path, *, positions: int = 64) -> str:
     """A random BERT in this library's own form."""
     config = BertConfig(30, 2, 16, 2, 32, positions, 2)
     return save(folder, BERT(config), "bert", asdict(config))
+
+
+def save_tiny_progen2(folder: Path, *, positions: int = 80) -> str:
+    """A random ProGen2 in this library's own form."""
+    config = ProGen2Config(32, 32, 2, 16, 8, 2, 64, positions)
+    return save(folder, ProGen2(config), "progen2", asdict(config))
 
 
 def save(folder: Path, net: torch.nn.Module, family: str, config: dict[str, object]) -> str:

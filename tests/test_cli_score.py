@@ -18,16 +18,23 @@ from command_line import (
     no_model_is_loaded,
     outputs,
     save_tiny_bert,
+    save_tiny_progen2,
     save_tiny_t5,
 )
 
 import plm
+from plm.outputs import read_embeddings
 from plm.scoring import Score, own_log_probs
 
 
 @pytest.fixture(scope="module")
 def ankh(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_t5(tmp_path_factory.mktemp("models") / "ankh_tiny", ANKH)
+
+
+@pytest.fixture(scope="module")
+def progen2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_progen2(tmp_path_factory.mktemp("models") / "progen2_tiny")
 
 
 def read_csv(text: str, delimiter: str = ",") -> tuple[dict[str, Any], list[list[str]]]:
@@ -91,6 +98,73 @@ def test_pairs(run: Plm, tmp_path: Path) -> None:
     (expected,) = plm.score(plm.load(folder), [(HEAVY, LIGHT)])
     code, out, _ = run("score", f"{HEAVY}|{LIGHT}", "-m", folder)
     assert code == 0 and read_csv(out)[1][1] == ["1", "25", repr(expected.total), repr(expected.mean)]
+
+
+def test_both_directions_of_progen2(run: Plm, progen2: str, fasta: str) -> None:
+    scores = plm.score(plm.load(progen2), PROTEINS.values())
+    code, out, _ = run("score", fasta, "-m", progen2)
+    provenance, (head, *rows) = read_csv(out)
+    assert code == 0 and provenance["how"] == "likelihood"
+    assert head == ["id", "residues", "log_likelihood", "mean", "forward", "backward"]
+    for row, wanted, found in zip(rows, table_of(scores)[1:], scores, strict=True):
+        assert found.forward is not None and found.backward is not None
+        assert row == [*wanted, repr(found.forward.total), repr(found.backward.total)]
+
+
+@pytest.mark.parametrize("how", ["forward", "backward"])
+def test_one_direction_of_progen2(run: Plm, progen2: str, fasta: str, how: Any) -> None:
+    code, out, _ = run("score", fasta, "-m", progen2, "--how", how)
+    provenance, rows = read_csv(out)
+    assert code == 0 and provenance["how"] == how
+    assert rows == table_of(plm.score(plm.load(progen2), PROTEINS.values(), how=how))
+
+
+def test_every_residue_of_progen2(run: Plm, progen2: str) -> None:
+    (expected,) = plm.score(plm.load(progen2), SEQUENCE)
+    assert expected.forward is not None and expected.backward is not None
+    code, out, _ = run("score", SEQUENCE, "-m", progen2, "--per-residue")
+    row = json.loads(out.splitlines()[1])
+    np.testing.assert_array_equal(np.float32(row.pop("per_residue")), expected.per_residue.numpy())
+    assert code == 0 and row == {
+        "id": "1",
+        "residues": 22,
+        "log_likelihood": expected.total,
+        "mean": expected.mean,
+        "forward": expected.forward.total,
+        "backward": expected.backward.total,
+    }
+
+
+def test_what_progen2_cannot_score(run: Plm, progen2: str, tmp_path: Path) -> None:
+    """Usage errors end with 2, bad sequences with 4; one that is too long can be left out, which ends with 3."""
+    for how in ("pseudo-likelihood", "single-pass"):
+        code, out, err = run("score", SEQUENCE, "-m", progen2, "--how", how, "-o", "out.csv")
+        assert (code, out) == (2, "") and f"so it has no '{how}'; choose 'likelihood', 'forward' or 'backward'" in err
+    for sequence, told in (
+        ("MKJ", "record 2 'b': character 'J' at position 3 is not in the vocabulary"),
+        ("1MK2", "record 2 'b': '1' at position 1"),
+        ("M" * 79, "record 2 'b': 79 residues; progen2_tiny takes at most 78"),
+    ):
+        (tmp_path / "bad.fasta").write_text(f">a\nMKT\n>b\n{sequence}\n")
+        code, out, err = run("score", "bad.fasta", "-m", progen2, "-o", "out.csv")
+        assert (code, out) == (4, "") and told in err and "'a'" not in err
+    assert outputs(tmp_path, "bad.fasta") == []
+    code, out, err = run("score", "bad.fasta", "-m", progen2, "--too-long", "skip")
+    assert code == 3 and [row[0] for row in read_csv(out)[1]] == ["id", "a"]
+    assert "Failed: " in err and "79 residues" in err
+
+
+def test_embeddings_and_contacts_of_progen2(run: Plm, progen2: str, fasta: str, tmp_path: Path) -> None:
+    """A row per residue; no vector of a start token, and no contacts."""
+    assert run("embed", fasta, "-m", progen2, "-o", "out.npz").code == 0
+    back = read_embeddings(tmp_path / "out.npz")
+    for array, wanted in zip(back.arrays, plm.embed(plm.load(progen2), PROTEINS.values()), strict=True):
+        np.testing.assert_array_equal(array, wanted.numpy())
+    code, out, err = run("embed", fasta, "-m", progen2, "--pool", "cls")
+    assert (code, out) == (2, "") and "the start token of progen2_tiny sees nothing" in err
+    code, out, err = run("contacts", fasta, "-m", progen2, "-o", "maps.npz")
+    assert (code, out) == (5, "") and "progen2_tiny has no contact head" in err
+    assert outputs(tmp_path, "in.fasta") == ["out.npz"]
 
 
 def test_summary_as_json(run: Plm, fasta: str) -> None:

@@ -4,13 +4,21 @@ from dataclasses import replace
 
 import torch
 from oracle_bert import randomise as randomise_bert
+from oracle_progen2 import randomise as randomise_progen2
 from oracle_t5 import randomise as randomise_t5
 
 import plm
 from plm.loading import Origin
-from plm.models import bert, t5
+from plm.models import bert, progen2, t5
 from plm.tokens import Tokenizer, checked
-from plm.vocabularies import ankh3_tokenizer, ankh_tokenizer, bert_tokenizer, prostt5_tokenizer, prott5_tokenizer
+from plm.vocabularies import (
+    ankh3_tokenizer,
+    ankh_tokenizer,
+    bert_tokenizer,
+    progen2_tokenizer,
+    prostt5_tokenizer,
+    prott5_tokenizer,
+)
 
 # What an Ankh3 folder could say. The layout is published, the order within 3 to 6 and within 27 to 30 is not.
 ANKH3_PIECES = ("<pad>", "</s>", "<unk>", "[NLU]", "[S2S]", "[NLG]", "[CLM]", *"LAGSVERTIDPKNFQYHMCW", *"XUBZ")
@@ -66,3 +74,10 @@ def igbert(dtype: torch.dtype = torch.float32, lm_head: bool = True, positions: 
     net = bert.BERT(bert.Config(30, 2, 32, 4, 48, positions=positions, types=2, lm_head=lm_head)).requires_grad_(False)
     randomise_bert(net, 0)
     return plm.Model(net.to(dtype).eval(), bert_tokenizer(), origin("igbert"))
+
+
+def progen2_model(dtype: torch.dtype = torch.float32, outputs: int = 32) -> plm.Model:
+    """30 tokens, at most 38 residues."""
+    net = progen2.ProGen2(progen2.Config(32, outputs, 2, 40, 8, 4, 64, max_length=40)).requires_grad_(False)
+    randomise_progen2(net, 0)
+    return plm.Model(net.to(dtype).eval(), progen2_tokenizer(), origin("progen2"))
