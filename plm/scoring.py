@@ -17,7 +17,7 @@ from plm.running import Proteins
 
 MaskedHow = Literal["pseudo-likelihood", "single-pass"]
 CausalHow = Literal["likelihood", "forward", "backward"]
-How = Literal["auto"] | MaskedHow | CausalHow
+How = Literal["auto", MaskedHow, CausalHow]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -122,28 +122,25 @@ def choose_how(model: Model, how: How) -> MaskedHow | CausalHow:
 
     Raises: ValueError if it is unknown, or if the model cannot do it.
     """
-    causal = isinstance(model.net, ProGen2)
-    ours, others = get_args(CausalHow), get_args(MaskedHow)
-    ours, others = (ours, others) if causal else (others, ours)
-    name = model.checkpoint.name
-    if how in others:
-        why = "predicts each residue from those before it" if causal else "does not read from one end to the other"
-        raise ValueError(f"{name} {why}, so it has no {how!r}; choose {listed(ours)}")
-    if how not in ("auto", *ours):
-        raise ValueError(f"how={how!r} is unknown; choose {listed(('auto', *ours))}")
-    if isinstance(model.net, T5):
+    name, offered = model.checkpoint.name, get_args(MaskedHow)
+    why = "does not read from one end to the other"
+    if isinstance(model.net, ProGen2):
+        why, offered = "predicts each residue from those before it", get_args(CausalHow)
+    elif isinstance(model.net, T5):
         if how == "single-pass":
             raise ValueError("a T5 has no single-pass score; choose 'pseudo-likelihood'")
+        offered = offered[:1]
         model.net.need_decoder()
     elif model.net.lm_head is None:
         raise ValueError(f"{name} has no language-model head, so it gives no probabilities")
-    return ours[0] if how == "auto" else how
-
-
-def listed(choices: Sequence[str]) -> str:
-    """As a sentence has them: ``'a', 'b' or 'c'``."""
-    *first, last = map(repr, choices)
-    return f"{', '.join(first)} or {last}"
+    if how == "auto":
+        return offered[0]  # type: ignore[no-any-return]
+    if how in offered:
+        return how
+    known = how in get_args(How)
+    *first, last = map(repr, offered if known else ("auto", *offered))
+    reason = f"{name} {why}, so it has no {how!r}" if known else f"how={how!r} is unknown"
+    raise ValueError(f"{reason}; choose {', '.join(first)} or {last}" if first else f"{reason}; choose {last}")
 
 
 def single_pass(
