@@ -182,7 +182,7 @@ def test_summary_as_json(run: Plm, fasta: str) -> None:
         (("--per-residue", "--format", "csv"), "write --per-residue as jsonl"),
         (("-o", "out.npz"), "names no layout"),
         (("--how", "guess"), "--how"),
-        (("--dtype", "int8"), "--dtype"),
+        (("--dtype", "int4"), "--dtype"),
     ],
 )
 def test_usage_errors(
