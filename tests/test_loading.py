@@ -217,8 +217,8 @@ def test_dtypes(hub: Path) -> None:
         assert torch.equal(net.frequencies, stored)
         assert net.frequencies.dtype == torch.float32
     assert torch.equal(plm.load(hub).net.to(torch.bfloat16).frequencies, stored)
-    with pytest.raises(ValueError, match=r"'int8' is unknown; choose 'auto', 'float32'"):
-        plm.load(hub, dtype="int8")
+    with pytest.raises(ValueError, match=r"'int4' is unknown; choose 'auto', 'float32'"):
+        plm.load(hub, dtype="int4")
     with pytest.raises(ValueError, match=r"device 'warp' cannot be used"):
         plm.load(hub, device="warp")
 
