@@ -34,6 +34,7 @@ def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """An empty folder with proteins.fasta.gz in it, on a machine where downloads give small random models."""
     real = plm.loading.fetch
     small = {"igbert": partial(tiny.igbert, positions=320), "ankh3-large": tiny.ankh3, "prostt5": tiny.prostt5}
+    small |= dict.fromkeys(("progen2-small", "progen2-medium"), partial(tiny.progen2_model, max_length=2048))
 
     def fetch(source: Checkpoint, **options: object) -> Path:
         if source.folder is not None:

@@ -76,8 +76,8 @@ def igbert(dtype: torch.dtype = torch.float32, lm_head: bool = True, positions: 
     return plm.Model(net.to(dtype).eval(), bert_tokenizer(), origin("igbert"))
 
 
-def progen2_model(dtype: torch.dtype = torch.float32, outputs: int = 32) -> plm.Model:
-    """30 tokens, at most 38 residues."""
-    net = progen2.ProGen2(progen2.Config(32, outputs, 2, 40, 8, 4, 64, max_length=40)).requires_grad_(False)
+def progen2_model(dtype: torch.dtype = torch.float32, outputs: int = 32, max_length: int = 40) -> plm.Model:
+    """30 tokens, and two residues less than ``max_length``."""
+    net = progen2.ProGen2(progen2.Config(32, outputs, 2, 40, 8, 4, 64, max_length)).requires_grad_(False)
     randomise_progen2(net, 0)
     return plm.Model(net.to(dtype).eval(), progen2_tokenizer(), origin("progen2"))
