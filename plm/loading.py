@@ -26,13 +26,14 @@ from plm_weights import (
     import_weights,
     read_fair_esm,
 )
-from plm_weights.fetch import fetch, row_of, weight_files
+from plm_weights.archives import is_archive, unpacked
+from plm_weights.fetch import fetch, home, original_path, row_of, weight_files
 from plm_weights.registry import CHECKPOINTS, Checkpoint, find
 from plm_weights.vocabularies import published_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 EIGHT_BIT = "int8"  # not what is computed in: linear weights are kept in 8 bits, and all else is bfloat16
-ORIGINAL = "fair-esm:"  # before a name: the authors' own files, not the hub's
+ORIGINAL = ("original:", "fair-esm:")  # before a name: the authors' own files, not the hub's
 UNKNOWN = "unknown: see where the files came from"
 
 
@@ -165,8 +166,11 @@ def load(
     Args:
         source: a registry name ("plm-mini", "esm2-650m"; see ``available``), a hub id ("facebook/esm2_t6_8M_UR50D"), or
             a folder or file in any published form. What it holds is read from the files, never from their names.
-            "fair-esm:" before a registry name ("fair-esm:esm2_t6_8M_UR50D") takes Meta's own files, from torch's hub
-            folder or from their addresses. Those in torch's hub folder also serve where the hub is out of reach.
+            A tar archive of such a folder is unpacked into this library's cache, once.
+            "original:" before a registry name ("original:esm2_t6_8M_UR50D"; of an ESM also "fair-esm:") takes the
+            authors' own files, Meta's from torch's hub folder or from their addresses. Those in torch's hub folder
+            also serve where the hub is out of reach. The names of ProGen2 mean the authors' files, as those have
+            published hashes, and its hub ids ("hugohrban/progen2-medium") the hub's.
         device: "auto" (or None) takes CUDA where there is one, else the CPU.
         dtype: "auto" (or None) is float32 on a CPU and bfloat16 on CUDA; or a name, or a ``torch.dtype``. "int8" keeps
             linear weights (the head's aside) in 8 bits with a scale per output, and computes in bfloat16: a quarter of
@@ -216,8 +220,8 @@ def origin(
     """Where the files at ``path`` came from, as `locate` found them."""
     if row is None:
         return Origin(local_name(path), family, str(path), revision, files, UNKNOWN, UNKNOWN)
-    if path.is_file():  # the authors' own, which have no revisions
-        source, revision = row.originals[0].url, None
+    if row.originals and path == original_path(row):  # the authors' own, which have no revisions
+        source, revision = row.archive or row.originals[0].url, None
     else:  # a snapshot of the hub is a folder named by its commit
         source = row.hub
         revision = path.name if re.fullmatch("[0-9a-f]{40}", path.name) else revision or row.revision
@@ -228,7 +232,9 @@ def local_name(path: Path) -> str:
     """The name of a folder, or that of a file, unless it is what every such file is called."""
     if path.is_dir():
         return path.resolve().name
-    return path.parent.resolve().name if path.name.partition(".")[0] in ("model", "pytorch_model") else path.stem
+    if path.name.partition(".")[0] in ("model", "pytorch_model"):
+        return path.parent.resolve().name
+    return path.stem.removesuffix(".tar")
 
 
 def build(opened: Opened, device: torch.device, dtype: torch.dtype, *, eight_bit: bool = False) -> Network:
@@ -258,7 +264,7 @@ def locate(source: str | Path, *, revision: str | None = None, offline: bool = F
         return path, None
     name = str(source)
     if name.startswith(ORIGINAL):
-        row = find(name.removeprefix(ORIGINAL))
+        row = find(name.partition(":")[2])
         return fetch(row, revision=revision, offline=offline, form="original"), row
     try:
         row = find(name) if isinstance(source, Path) or name.startswith((".", "/", "~")) else row_of(name)
@@ -300,9 +306,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def find_weights(path: Path) -> Path:
-    """The weight file (or shard index) that ``path`` means: in a folder a complete set in hub form, or the only one."""
+    """The weight file (or shard index) that ``path`` means: in a folder a complete set in hub form, or the only one.
+
+    A tar archive is unpacked first.
+    """
     if path.is_file():
-        return path
+        return weight_files(unpacked(path, home() / "unpacked"))[0] if is_archive(path) else path
     if files := weight_files(path):
         return files[0]
     found = "no weights"

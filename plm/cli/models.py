@@ -1,7 +1,6 @@
 """``plm models``: what can be loaded by name."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -32,6 +31,8 @@ def models(as_json: bool) -> int:
 
 def describe(row: "Checkpoint") -> dict[str, object]:
     """What people want to know of a checkpoint before they load it."""
+    from plm_weights.fetch import is_here
+
     return {
         "name": row.name,
         "aliases": row.aliases,
@@ -39,7 +40,7 @@ def describe(row: "Checkpoint") -> dict[str, object]:
         "parameters": row.parameters,
         "licence": row.licence,
         "citation": row.citation,
-        "source": row.hub or "comes with plm",
+        "source": (row.archive if row.preferred == "original" else row.hub) or "comes with plm",
         "revision": row.revision,
         "note": row.note,
         "pairs": row.pairs,
@@ -52,15 +53,3 @@ def line(row: dict[str, object]) -> tuple[str, ...]:
     count = f"{parameters / 1e6:,.1f} M" if isinstance(parameters, int) else "-"
     here = "yes" if row["here"] else "no"
     return str(row["name"]), str(row["family"]), count, str(row["licence"]), here, str(row["note"])
-
-
-def is_here(row: "Checkpoint") -> bool:
-    """Whether a set of weights lies on this machine; it is verified when it is loaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from plm_weights import fetch
-
-    if row.folder is not None:
-        return bool(fetch.weight_files(Path(fetch.__file__).with_name(row.folder)))
-    config = try_to_load_from_cache(row.hub or "", "config.json", revision=row.revision or "main")
-    return isinstance(config, str) and bool(fetch.weight_files(Path(config).parent))

@@ -5,6 +5,7 @@ would leave the folder, or that is a link or a device, is refused as a whole, wa
 """
 
 import gzip
+import hashlib
 import io
 import os
 import shutil
@@ -35,6 +36,19 @@ def is_archive(path: Path) -> bool:
     return head[:2] == _GZIP or head[_TAR_AT:] == _TAR
 
 
+def unpacked(archive: Path, cache: Path) -> Path:
+    """The folder within ``cache`` that holds the files of ``archive``, which is unpacked there once.
+
+    Raises: as ``unpack``.
+    """
+    state = archive.stat()
+    key = hashlib.sha256(f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache / f"{archive.name.partition('.')[0]}-{key}"
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        unpack(archive, folder)
+    return folder
+
+
 def unpack(archive: Path, folder: Path, wanted: Collection[str] = WANTED) -> tuple[Path, ...]:
     """Write the ``wanted`` files of ``archive`` into ``folder``, the weights last; other files in it are passed over.
 
@@ -59,7 +73,9 @@ def unpack(archive: Path, folder: Path, wanted: Collection[str] = WANTED) -> tup
             for name in names:
                 (part / name).replace(folder / name)
         except ERRORS as error:
-            raise CheckpointError(f"{archive} cannot be unpacked: {error}. If it may be torn, fetch it again.") from error
+            raise CheckpointError(
+                f"{archive} cannot be unpacked: {error}. If it may be torn, fetch it again."
+            ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return tuple(folder / name for name in names)

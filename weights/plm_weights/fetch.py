@@ -2,7 +2,8 @@
 
 Files of the hub go where huggingface_hub keeps them: ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_ENDPOINT``, ``HF_TOKEN`` and
 ``HF_HUB_OFFLINE`` mean what they always do. The authors' own files are used from torch's hub folder if fair-esm left
-them there, and else go to ``originals`` in the folder that `home` names.
+them there, and else go to ``originals`` in the folder that `home` names; what was in an archive has a folder of its
+own there, and the archive is not kept.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -21,6 +23,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
+from plm_weights.archives import unpack
 from plm_weights.errors import CheckpointError, DownloadError, UnknownModelError
 from plm_weights.registry import Checkpoint, File, Form, find
 
@@ -55,47 +58,55 @@ def fetch(
     *,
     revision: str | None = None,
     offline: bool = False,
-    form: Form = "hub",
+    form: Form | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Where the files of a checkpoint lie, after downloading those that are missing.
 
     ``source`` is a row, a name of the registry or a hub id; ``revision`` defaults to the row's, else to ``main``.
-    Only one set of weights is downloaded, safetensors if there is one. The network is not asked for what lies complete
-    in the cache at a commit. Where the hub's files cannot be had, original files on this machine take their place,
-    unless a ``revision`` was asked for. ``cache_dir`` replaces the hub's cache, or the folder of original files.
+    Without a ``form`` it is the one that the row prefers, or for a ``revision`` the hub's; and where that cannot be had,
+    files of the other form on this machine take its place, unless a ``revision`` was asked for. Only one set of weights is downloaded, safetensors if there is one. The network is not asked for what
+    lies complete in the cache at a commit. ``cache_dir`` replaces the hub's cache, or the folder of original files.
     ``progress`` is for original files; huggingface_hub draws its own.
 
-    Returns: the folder with ``config.json`` and the weights, or of original files the ``.pt`` file, beside which its
-    contact regression lies.
+    Returns: the folder with ``config.json`` and the weights, or of ESM's original files the ``.pt`` file, beside which
+    its contact regression lies.
     Raises: DownloadError; UnknownModelError if the name is neither in the registry nor of the form organisation/name.
     """
     row = row_of(source) if isinstance(source, str) else source
-    if form == "original":
-        if revision is not None:
-            raise ValueError(f"original files have no revisions, got {revision!r}: leave it out or use the hub form.")
-        return _from_authors(row, offline, cache_dir, progress)
-    if row.folder is not None:
+    if form == "original" and revision is not None:
+        raise ValueError(f"original files have no revisions, got {revision!r}: leave it out or use the hub form.")
+    if row.folder is not None and form != "original":
         return Path(__file__).parent / row.folder
+    first: Form = form or ("hub" if revision is not None else row.preferred)
+
+    def attempt(form: Form, offline: bool, cache_dir: Path | None = None) -> Path:
+        if form == "hub":
+            return _from_hub(row, revision, offline, cache_dir)
+        return _from_authors(row, offline, cache_dir, progress)
+
     try:
-        return _from_hub(row, revision, offline, cache_dir)
+        return attempt(first, offline, cache_dir)
     except DownloadError as error:
         with suppress(DownloadError):
-            if revision is None:
-                path = _from_authors(row, offline=True)
-                _LOG.warning("%s The original files in %s are used instead.", error, path.parent)
+            if revision is None and form is None:
+                other: Form = "original" if first == "hub" else "hub"
+                path = attempt(other, offline=True)
+                folder = path if path.is_dir() else path.parent
+                _LOG.warning("%s The %s files in %s are used instead.", error, other, folder)
                 return path
         raise
 
 
 def row_of(name: str) -> Checkpoint:
-    """The registry's row, or for an unknown hub id one that knows only its address.
+    """The registry's row, or for an unknown hub id one that knows only its address. By a hub id the hub's form is meant.
 
     Raises: UnknownModelError.
     """
     try:
-        return find(name)
+        row = find(name)
+        return replace(row, preferred="hub") if name.casefold() == (row.hub or "").casefold() else row
     except UnknownModelError:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise
@@ -106,6 +117,26 @@ def home() -> Path:
     """This library's cache: ``PLM_HOME``, else ``plm`` in ``XDG_CACHE_HOME``, else ``~/.cache/plm``."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("PLM_HOME") or caches / "plm")
+
+
+def original_path(row: Checkpoint, cache_dir: Path | None = None) -> Path:
+    """Where the authors' own files lie, or would: the ``.pt`` file, or the folder of what was in an archive."""
+    if row.archive:
+        return (cache_dir or home() / "originals") / row.name
+    torch_hub, first = Path(torch.hub.get_dir()) / "checkpoints", row.originals[0].name
+    return (cache_dir or (torch_hub if (torch_hub / first).is_file() else home() / "originals")) / first
+
+
+def is_here(row: Checkpoint) -> bool:
+    """Whether a set of its weights lies on this machine; it is verified when it is loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if row.folder is not None:
+        return bool(weight_files(Path(__file__).with_name(row.folder)))
+    if row.archive and weight_files(original_path(row)):
+        return True
+    config = try_to_load_from_cache(row.hub or "", "config.json", revision=row.revision or "main")
+    return isinstance(config, str) and bool(weight_files(Path(config).parent))
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -218,21 +249,36 @@ def _from_authors(
 ) -> Path:
     if not row.originals:
         raise DownloadError(f"{row.name} has no original files on record: use the hub form.")
-    first = row.originals[0].name
-    torch_hub = Path(torch.hub.get_dir()) / "checkpoints"
-    folder = cache_dir or (torch_hub if (torch_hub / first).is_file() else home() / "originals")
-    for file in row.originals:
-        path = folder / file.name
-        if path.is_file():
-            _verify(path, file.size, file.sha256)
-        elif _is_offline(offline):
+    path = original_path(row, cache_dir)
+    files = {path / file.name if row.archive else path.with_name(file.name): file for file in row.originals}
+    for lacking, file in files.items():
+        if lacking.is_file():
+            continue
+        if _is_offline(offline):
             raise DownloadError(
-                f"{path} is missing and the network is switched off (offline, HF_HUB_OFFLINE). "
-                f"Run once with the network, or put the file of {file.url} there."
+                f"{lacking} is missing and the network is switched off (offline, HF_HUB_OFFLINE). "
+                f"Run once with the network, or put the file of {row.archive or file.url} there."
             )
-        else:
-            download(file, path, progress=progress)
-    return folder / first
+        if row.archive:
+            _download_archive(row, path, progress)
+            break
+        download(file, lacking, progress=progress)
+    for there, file in files.items():
+        _verify(there, file.size, file.sha256)
+    return path
+
+
+def _download_archive(row: Checkpoint, folder: Path, progress: Progress | None) -> None:
+    """The row's originals into a folder of their own. A torn archive is not kept, as no hash would find it out."""
+    archive = folder.with_name(f"{row.name}.tar.gz")
+    download(File(archive.name, url=row.archive), archive, progress=progress)
+    needed, free = sum(file.size or 0 for file in row.originals), shutil.disk_usage(archive.parent).free
+    if needed > free:
+        raise DownloadError(f"{archive} unpacks to {needed:,} bytes, its disk has {free:,} left: make room, run again.")
+    try:
+        unpack(archive, folder, [file.name for file in row.originals])
+    finally:
+        archive.unlink()
 
 
 def _from_hub(row: Checkpoint, revision: str | None, offline: bool, cache_dir: Path | None) -> Path:

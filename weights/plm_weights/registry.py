@@ -4,24 +4,20 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from plm_weights.checkpoints import Checkpoint, File, bert, esm, t5
+from plm_weights.checkpoints import Checkpoint, File, Form, bert, esm, progen2, t5
 from plm_weights.errors import UnknownModelError
 
 __all__ = ["CHECKPOINTS", "Checkpoint", "File", "Form", "find", "header"]
 
-Form = Literal["hub", "original"]
-"""How a checkpoint is published: as a repository of the hub (transformers' layout), or as its authors' own files."""
-
-CHECKPOINTS: tuple[Checkpoint, ...] = (*esm.ROWS, *t5.ROWS, *bert.ROWS)
+CHECKPOINTS: tuple[Checkpoint, ...] = (*esm.ROWS, *t5.ROWS, *bert.ROWS, *progen2.ROWS)
 
 _BY_NAME = {name.casefold(): row for row in CHECKPOINTS for name in (row.name, *row.aliases)}
 _HEADERS = Path(__file__).with_name("headers")
-_DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+_DTYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "BOOL": torch.bool}
 
 
 def find(name: str) -> Checkpoint:
@@ -41,7 +37,8 @@ def find(name: str) -> Checkpoint:
 def header(name: str, form: Form = "hub") -> dict[str, Tensor]:
     """Every tensor of a published checkpoint on ``meta``: names, shapes and dtypes without a download.
 
-    The original form is what lies under ``"model"`` in the ``.pt`` file, joined with its contact regression if any.
+    The original form of an ESM is what lies under ``"model"`` in the ``.pt`` file, joined with its contact regression
+    if any; that of a ProGen2 is ``pytorch_model.bin`` with its causal masks, which the hub's ports have left out.
 
     Raises: ValueError if no header of that form is on file.
     """

@@ -7,6 +7,7 @@ what nobody stated stays unknown.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from plm_weights.checks import Check, checks
 
@@ -15,6 +16,9 @@ PROTTRANS = "Elnaggar et al. 2022, IEEE TPAMI 44, 7112-7127, doi:10.1109/TPAMI.2
 KENLAY = "Kenlay et al. 2024, arXiv:2403.17889, doi:10.48550/arXiv.2403.17889"
 ANTIBODY_LICENCE = "MIT (hub), CC BY 4.0 (Zenodo)"
 RARE = "U, Z, O and B were X in training"
+
+Form = Literal["hub", "original"]
+"""How a checkpoint is published: as a repository of the hub (transformers' layout), or as its authors' own files."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class File:
 class Checkpoint:
     """One published checkpoint.
 
-    ``files`` lie in ``hub`` at ``revision``, or in ``folder`` of this package; ``originals`` are the authors' own.
+    ``files`` lie in ``hub`` at ``revision``, or in ``folder`` of this package; ``originals`` are the authors' own, in one
+    ``archive`` (its address) if they published one. ``preferred`` is the form that its name stands for.
     ``config`` holds keyword arguments of the family's ``Config``; None means that the folder's ``config.json`` says it.
     ``parameters`` counts each trained number once and leaves out the contact head. ``pairs``: whether it was trained on
     pairs of chains, a heavy and a light one, or on single ones; None where nobody said.
@@ -50,6 +55,8 @@ class Checkpoint:
     revision: str | None = None
     files: tuple[File, ...] = ()
     originals: tuple[File, ...] = ()
+    archive: str | None = None
+    preferred: Form = "hub"
     header: str | None = None
     pairs: bool | None = None
 
