@@ -40,6 +40,8 @@ def shapes(layers: int, channels: int, heads: int, rotated: int, positions: int,
         rotary_dim=rotated,
         n_positions=positions,
         vocab_size=vocabulary,
+        bos_token_id=1,
+        eos_token_id=2,
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
@@ -62,8 +64,10 @@ def document(name: str) -> str:
     trained = shapes(*sizes)
     attention = "transformer.h.{i}.attn"
     # The dtype of what the mask puts into its place is not confirmed where the weights are float16.
-    masks = {"BOOL": {f"{attention}.bias": [1, 1, positions, positions]}, dtype: {f"{attention}.masked_bias": []}}
-    original = {dtype: trained | masks[dtype], "BOOL": masks["BOOL"]}
+    original = {
+        dtype: trained | {f"{attention}.masked_bias": []},
+        "BOOL": {f"{attention}.bias": [1, 1, positions, positions]},
+    }
     text = json.dumps({"layers": layers, "hub": {port: trained}, "original": original}, separators=(",", ":"))
     return re.sub(r'(?<=[{\]]),?(?=")', lambda comma: f"{comma[0]}\n", text) + "\n"  # one tensor per line
 

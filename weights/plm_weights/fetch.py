@@ -65,10 +65,11 @@ def fetch(
     """Where the files of a checkpoint lie, after downloading those that are missing.
 
     ``source`` is a row, a name of the registry or a hub id; ``revision`` defaults to the row's, else to ``main``.
-    Without a ``form`` it is the one that the row prefers, or for a ``revision`` the hub's; and where that cannot be had,
-    files of the other form on this machine take its place, unless a ``revision`` was asked for. Only one set of weights is downloaded, safetensors if there is one. The network is not asked for what
-    lies complete in the cache at a commit. ``cache_dir`` replaces the hub's cache, or the folder of original files.
-    ``progress`` is for original files; huggingface_hub draws its own.
+    Without a ``form`` it is the one that the row prefers, or for a ``revision`` the hub's; where that cannot be had,
+    files of the other form on this machine take its place, unless a ``revision`` was asked for. Of the hub's files only
+    one set of weights is downloaded, safetensors if there is one, and the network is not asked for what lies complete
+    in the cache at a commit. ``cache_dir`` replaces the hub's cache, or the folder of original files. ``progress`` is
+    for original files; huggingface_hub draws its own.
 
     Returns: the folder with ``config.json`` and the weights, or of ESM's original files the ``.pt`` file, beside which
     its contact regression lies.
@@ -100,7 +101,7 @@ def fetch(
 
 
 def row_of(name: str) -> Checkpoint:
-    """The registry's row, or for an unknown hub id one that knows only its address. By a hub id the hub's form is meant.
+    """The registry's row, or for an unknown hub id one that knows only its address. A hub id means the hub's form.
 
     Raises: UnknownModelError.
     """

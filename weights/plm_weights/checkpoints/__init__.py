@@ -35,8 +35,8 @@ class File:
 class Checkpoint:
     """One published checkpoint.
 
-    ``files`` lie in ``hub`` at ``revision``, or in ``folder`` of this package; ``originals`` are the authors' own, in one
-    ``archive`` (its address) if they published one. ``preferred`` is the form that its name stands for.
+    ``files`` lie in ``hub`` at ``revision``, or in ``folder`` of this package; ``originals`` are the authors' own, all
+    within one ``archive`` (its address) if there is one. ``preferred`` is the form that the row's name stands for.
     ``config`` holds keyword arguments of the family's ``Config``; None means that the folder's ``config.json`` says it.
     ``parameters`` counts each trained number once and leaves out the contact head. ``pairs``: whether it was trained on
     pairs of chains, a heavy and a light one, or on single ones; None where nobody said.
