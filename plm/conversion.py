@@ -59,6 +59,9 @@ def convert(
               names: that of an ESM-2 must start with esm2, and no other may. It wants a contact regression beside all
               but esm1v; a model without one is for its ``load_model_and_alphabet_core``.
             - BERT and T5: ``pytorch_model.bin``, in which tied tensors have all of their names.
+            - ProGen2: ``pytorch_model.bin`` with the causal masks that its authors' class stores ("transformers" stands
+              for the class of the hub's ports, without them). The ports' models with more embedding than head rows have
+              no such form.
         dtype: None keeps what is stored. The rotary frequencies always stay float32. A T5 may be stored in float16, as
             ProtT5's encoder was published, but ``load`` does not compute in it.
 
@@ -99,8 +102,10 @@ def planned(
 ) -> list[Path]:
     """The files that will be written, the weights last.
 
-    Raises: FileExistsError, NotADirectoryError; CheckpointError if fair-esm has no such model.
+    Raises: FileExistsError, NotADirectoryError; CheckpointError if the authors' code has no such model.
     """
+    if to == "original" and (why := family_of(config).no_original(config)):
+        raise CheckpointError(f"{why}. Choose to='plm' or to='transformers'.")
     if to == "original" and isinstance(config, esm.Config):
         refuse_foreign_heads(config)
         weights = target if target.suffix == ".pt" else target / original_name(config, row)
@@ -170,7 +175,8 @@ def to_transformers(state: Mapping[str, Tensor], config: Config, folder: Path, t
 
 def to_original(state: Mapping[str, Tensor], config: Config, path: Path, tokenizer: Files = NO_FILES) -> None:
     """fair-esm's ``.pt`` file and its contact regression, or a ``pytorch_model.bin`` with what lies beside it."""
-    tensors = export_weights(family_of(config).original_rows(config), state)
+    family = family_of(config)
+    tensors = export_weights(family.original_rows(config), state) | family.original_extras(config)
     with made(path.parent):
         if isinstance(config, esm.Config):
             write_fair_esm(path, tensors, asdict(config))

@@ -37,6 +37,8 @@ class Family:
     hub_files: Callable[[Mapping[str, Any], str], dict[str, str]]  # config, dtype: what transformers wants beside them
     original_rows: Callable[[Any], KeyMap]  # the tensors of the files that its authors published
     tokenizer: Callable[[Any], tokens.Tokenizer]
+    original_extras: Callable[[Any], State] = lambda config: {}  # what else their files hold, which is no weight
+    no_original: Callable[[Any], str | None] = lambda config: None  # why their code could not read it
     told_tokenizer: Callable[[Any, Sequence[str]], tokens.Tokenizer] | None = (
         None  # from a file, where none is published
     )
@@ -141,8 +143,10 @@ FAMILIES = (
         read_config=lambda layout, settings, tensors: published_progen2.hub_config(settings, tensors.meta),
         key_map=lambda names, config: published_progen2.key_map(names),
         hub_rows=lambda config: published_progen2.hub_rows(),
-        hub_files=lambda config, dtype: published_progen2.hub_files(config, dtype),
+        hub_files=published_progen2.hub_files,
         original_rows=lambda config: published_progen2.hub_rows(),
+        original_extras=lambda config: published_progen2.original_masks(asdict(config)),
+        no_original=lambda config: published_progen2.no_original(asdict(config)),
         tokenizer=lambda config: vocabularies.progen2_tokenizer(),
     ),
 )

@@ -132,7 +132,7 @@ class Opened:
 
         Where nobody published a table of this size, the file is all there is to know.
 
-        Raises: CheckpointError if the two disagree.
+        Raises: CheckpointError if the two disagree, or name more tokens than the embedding has rows.
         """
         weights = self.tensors.files[0]
         with naming(weights):
@@ -145,7 +145,11 @@ class Opened:
         with naming(file):
             if table.guessed and self.family.told_tokenizer:
                 return self.family.told_tokenizer(self.config, pieces)
-            return checked(table, pieces, file.name)
+            tokenizer = checked(table, pieces, file.name)
+            rows = getattr(self.config, "vocabulary", len(table.vocabulary))
+            if len(tokenizer.vocabulary) > rows:
+                raise ValueError(f"{len(tokenizer.vocabulary)} tokens, but the embedding has {rows} rows")
+            return tokenizer
 
 
 def available() -> list[Checkpoint]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from plm_weights.errors import CheckpointError
@@ -100,13 +101,14 @@ def _either(settings: Mapping[str, object], first: str, second: str) -> int:
 
 
 def hub_files(config: Mapping[str, Any], dtype: str = "float32") -> dict[str, str]:
-    """The official ``config.json``; where embedding and head differ in their rows, with the ports' keys as well."""
+    """A ``config.json`` with the keys of the original and, where they differ, those of the ports as well."""
     settings: dict[str, object] = {
         "activation_function": "gelu_new",
         "architectures": ["ProGenForCausalLM"],
         "attn_pdrop": 0.0,
         "bos_token_id": 1,
         "embd_pdrop": 0.0,
+        "embed_dim": config["channels"],
         "eos_token_id": 2,
         "gradient_checkpointing": False,
         "initializer_range": 0.02,
@@ -114,19 +116,38 @@ def hub_files(config: Mapping[str, Any], dtype: str = "float32") -> dict[str, st
         "model_type": "progen",
         "n_embd": config["channels"],
         "n_head": config["heads"],
+        "n_inner": None if config["feed_forward"] == 4 * config["channels"] else config["feed_forward"],
         "n_layer": config["layers"],
         "n_positions": config["max_length"],
         "rotary_dim": config["rotated"],
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": config["vocabulary"],
+        "vocab_size_emb": config["vocabulary"],
+        "vocab_size_lm_head": config["outputs"],
     }
-    if config["feed_forward"] != 4 * config["channels"]:
-        settings["n_inner"] = config["feed_forward"]
-    if config["vocabulary"] != config["outputs"]:
-        settings |= {
-            "embed_dim": config["channels"],
-            "vocab_size_emb": config["vocabulary"],
-            "vocab_size_lm_head": config["outputs"],
-        }
     return {"config.json": json.dumps(settings, indent=2) + "\n"}
+
+
+def original_masks(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the authors' files hold beside the weights: the causal mask, one memory for all layers, and its filling.
+
+    The filling is float32 whatever the weights are: in float16 the published -1e9 would be minus infinity.
+    """
+    size = config["max_length"]
+    mask = torch.ones(size, size, dtype=torch.bool).tril().view(1, 1, size, size)
+    filling = torch.tensor(-1e9)
+    layers = [f"transformer.h.{i}.attn." for i in range(config["layers"])]
+    return {f"{layer}bias": mask for layer in layers} | {f"{layer}masked_bias": filling for layer in layers}
+
+
+def no_original(config: Mapping[str, Any]) -> str | None:
+    """Why the authors' own code could not read a model that the ports can; None if it can."""
+    if config["vocabulary"] != config["outputs"]:
+        return (
+            f"the authors' code has one vocabulary for embedding and head, and these have {config['vocabulary']} "
+            f"and {config['outputs']} rows"
+        )
+    if config["heads"] % SHARDS:
+        return f"the authors' code wants a multiple of {SHARDS} heads, and this has {config['heads']}"
+    return None
