@@ -3,6 +3,7 @@
 A library gets the ids that our network gets, reads the files by itself, and computes on the CPU.
 """
 
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from plm.families import Config, Network
 from plm.loading import Opened
-from plm.models import bert, esm, t5
+from plm.models import bert, esm, progen2, t5
 from plm.packing import Packed
 
 Outputs = dict[str, Tensor]
@@ -38,8 +39,14 @@ SMOKE = {
         "MXBUZOACDEFGHIKLNPQRSTVWY",
         "M",
     ),
+    "progen2": (  # from N to C, from C to N, and without an end
+        "1MKTVRQERLKSIVRILERSKEPVSGAQLAEELSVSRQVIVQDI2",
+        "2GGALVYGRPTAVINYGLSRL1",
+        "1MXBUZOACDEFGHIKLNPQRSTVWY",
+        "1",
+    ),
 }
-PADDING = {"esm": 1, "bert": 0, "t5": 0}
+PADDING = {"esm": 1, "bert": 0, "t5": 0, "progen2": 0}
 WRITTEN = 24  # tokens of the decoder's input, at most
 
 
@@ -55,7 +62,9 @@ class Question:
 def question_for(opened: Opened) -> Question:
     """What a checkpoint is asked. A letter that it does not know becomes one unknown token."""
     family, config = opened.family.name, opened.config
-    batch = opened.tokenizer().pack(SMOKE[family], unknown="each")
+    tokenizer = opened.tokenizer()
+    unknown = "error" if tokenizer.unknown is None else "each"
+    batch = Packed.from_ids([tokenizer.encode(text, unknown=unknown) for text in SMOKE[family]])
     decoder = None
     if isinstance(config, t5.Config) and config.decoder_layers:
         decoder = Packed.from_ids([[t5.START, *row[: WRITTEN - 1].tolist()] for row in batch.split(batch.tokens)])
@@ -81,6 +90,8 @@ def theirs(opened: Opened, question: Question, dtype: torch.dtype) -> tuple[str,
     name, ask = ("fair-esm", fair_esm) if opened.layout == "fair" else ("transformers", transformers)
     if opened.layout == "plm" or not installed(name):
         return None
+    if isinstance(opened.config, progen2.Config):
+        return f"GPT-J of {name}", gptj(opened, opened.config, question, dtype)
     found = ask(opened, question, dtype)
     return (name, found) if found else None
 
@@ -161,6 +172,42 @@ def load_transformers(kind: type[Any], opened: Opened, dtype: torch.dtype, optio
             logging.enable_progress_bar()
     # What it does not find is random. It finds nothing behind a prefix such as "module."; contacts are not asked for.
     return None if any("contact_head" not in name for name in found["missing_keys"]) else net.eval()
+
+
+def gptj(opened: Opened, config: progen2.Config, question: Question, dtype: torch.dtype) -> Outputs:
+    """transformers has no ProGen2, but its block is that of GPT-J: the same tensors, but for the fused projection.
+
+    In each of its 8 shards are queries, values and keys, in this order (salesforce/progen@c27a419, modeling_progen.py).
+    GPT-J has one size for embedding and head, so the smaller of the two is filled up with zeros.
+    """
+    import transformers as library
+
+    settings: dict[str, Any] = {
+        "vocab_size": max(config.vocabulary, config.outputs),
+        "n_positions": question.batch.max_length,
+        "n_embd": config.channels,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "rotary_dim": config.rotated,
+        "n_inner": config.feed_forward,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_eps,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    net: Any = library.GPTJForCausalLM(library.GPTJConfig(**settings))
+    for name, theirs in net.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            fused = opened.tensors[re.sub("[qkv]_proj", "qkv_proj", name)]
+            kind = "qvk".index(name[-len("q_proj.weight")])
+            theirs.copy_(fused.unflatten(0, (8, 3, -1))[:, kind].flatten(0, 1))
+        else:
+            stored = opened.tensors[name]
+            theirs.zero_()[: len(stored)].copy_(stored)
+    ids, mask = padded(question)
+    logits: Tensor = net.to(dtype).eval()(input_ids=ids, attention_mask=mask.long()).logits
+    return {"logits": logits[mask][:, : config.outputs]}
 
 
 def fair_esm(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs | None:

@@ -15,8 +15,8 @@ from plm_weights.checks import Check
 from plm_weights.registry import find
 
 # The largest float32 error of fair-esm and transformers against float64, as a share of the largest value: of random
-# networks as deep as the published ones (T5: Ankh's 72 layers; ProtT5's is 1e-6).
-FLOAT32_ERROR = {"esm": 2e-5, "bert": 3e-6, "t5": 4e-5}
+# networks as deep as the published ones (T5: Ankh's 72 layers; ProtT5's is 1e-6. ProGen2: GPT-J with 32 layers).
+FLOAT32_ERROR = {"esm": 2e-5, "bert": 3e-6, "t5": 4e-5, "progen2": 2e-6}
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,9 @@ def describe(check: Check) -> str:
 def values(model: Model, check: Check) -> Tensor:
     """The matrix that a check speaks of; its kinds are defined in ``plm_weights.checks``."""
     tokenizer, net = model.tokenizer, model.net
+    if check.what in ("ll_sum", "ll_mean"):
+        total = both_directions(model, check.sequence or "")
+        return total if check.what == "ll_sum" else total / len(check.sequence or "")
     ids = list(check.ids) if check.ids is not None else tokenizer.encode(check.sequence or "", task=check.task)
     before, after = map(len, tokenizer.frame(check.task))
     inner = slice(before, len(ids) - after)
@@ -150,10 +153,29 @@ def values(model: Model, check: Check) -> Tensor:
     if check.what == "probabilities":
         return logits.softmax(-1)
     log_probabilities = logits.log_softmax(-1)
+    if check.what == "causal_nll":
+        return -log_probabilities[:-1].gather(1, batch.tokens[1:, None]).mean().view(1, 1)
     own = log_probabilities.gather(1, batch.tokens[:, None])
     if check.what == "log_likelihood":
         return own[inner].sum().view(1, 1)
     return -own.mean().view(1, 1) if check.what == "nll" else log_probabilities - own
+
+
+def both_directions(model: Model, residues: str) -> Tensor:
+    """ProGen2's likelihood of a protein ``[1, 1]`` as its authors' likelihood.py adds it up (salesforce/progen).
+
+    The terminal behind the last residue is not scored.
+    """
+    before, after = model.tokenizer.frame()
+    ids = [*before, *model.tokenizer.residues(residues), *after]
+    batch = Packed.from_ids([ids, ids[::-1]], device=model.device)
+    letters = torch.tensor(model.tokenizer.residue_ids, device=model.device)
+    log_probabilities = model.net(batch).logits[:, letters].float().log_softmax(-1)
+    sums = [
+        rows[:-2].gather(1, torch.searchsorted(letters, tokens[1:-1, None])).sum()
+        for rows, tokens in zip(batch.split(log_probabilities), batch.split(batch.tokens), strict=True)
+    ]
+    return torch.stack(sums).mean().view(1, 1)
 
 
 def masked_probabilities(model: Model, ids: list[int], inner: slice) -> Tensor:

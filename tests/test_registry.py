@@ -22,7 +22,7 @@ from plm_weights.registry import CHECKPOINTS, Checkpoint, File, Form, find, head
 
 WEIGHTS = Path(registry.__file__).parent
 PUBLISHED = [row for row in CHECKPOINTS if row.header]
-FRAME = {"esm": 2, "bert": 2, "t5": 1}  # tokens around the residues, without a task
+FRAME = {"esm": 2, "bert": 2, "t5": 1, "progen2": 0}  # tokens around the residues, without a task
 every_esm = pytest.mark.parametrize("row", [row for row in PUBLISHED if row.family == "esm"], ids=lambda row: row.name)
 
 
@@ -54,6 +54,8 @@ def test_every_checkpoint_of_the_families_has_a_row() -> None:
         *("ankh-base", "ankh-large", "ankh2-large", "ankh3-large", "ankh3-xl"),
         *("prott5-xl-u50", "prott5-xl-bfd", "prott5-xl-half", "prostt5", "prostt5-fp16", "igt5", "igt5-unpaired"),
         *("igbert", "igbert-unpaired", "protbert", "protbert-bfd"),
+        *("progen2-small", "progen2-medium", "progen2-oas", "progen2-base"),
+        *("progen2-large", "progen2-bfd90", "progen2-xlarge"),
     ]
 
 
@@ -83,9 +85,9 @@ def test_names_are_unique_and_rows_well_formed() -> None:
         assert row.pairs is (row.name in ("igbert", "igt5")), row.name
         if row.header:
             assert row.config and row.parameters and "doi:10." in row.citation, row.name
-            assert row.revision or row.name == "esm2-15b", "nobody else stated a commit of it"
+            assert row.revision or row.preferred == "original" or row.name == "esm2-15b", "nobody stated a commit of it"
     hashes = [sha256 for row in CHECKPOINTS for file in row.originals for sha256 in file.sha256]
-    assert len(hashes) == len(set(hashes)) == 12
+    assert len(hashes) == len(set(hashes)) == 19
     weights = [sha256 for row in CHECKPOINTS for file in row.files if "model" in file.name for sha256 in file.sha256]
     assert len(weights) == len(set(weights)) + 1 == 20, "two rows share a spiece.model"
 
@@ -119,6 +121,9 @@ def test_terms_of_use_are_told() -> None:
         ("igbert-paired", "igbert"),
         ("IgBert_unpaired", "igbert-unpaired"),
         ("prot_bert_bfd", "protbert-bfd"),
+        ("progen2-BFD90", "progen2-bfd90"),
+        ("progen2_medium", "progen2-medium"),
+        ("hugohrban/progen2-bfd90", "progen2-bfd90"),
     ],
 )
 def test_find_knows_the_names_in_use(name: str, expected: str) -> None:
@@ -178,7 +183,10 @@ def test_configuration_is_what_the_published_config_file_gives(row: Checkpoint) 
     assert esm.hub_config(esm.hub_config_json(expected), header(row.name)) == expected
 
 
-@pytest.mark.parametrize(("script", "table"), [("make_headers", "MODELS"), ("make_headers_t5_bert", "HEADERS")])
+@pytest.mark.parametrize(
+    ("script", "table"),
+    [("make_headers", "MODELS"), ("make_headers_t5_bert", "HEADERS"), ("make_headers_progen2", "HEADERS")],
+)
 def test_headers_are_those_of_the_reference_libraries(script: str, table: str) -> None:
     make_headers = runpy.run_path(str(Path(__file__).parent / "golden" / f"{script}.py"))
     for name in make_headers[table]:
@@ -271,6 +279,9 @@ def test_every_published_value_belongs_to_a_row() -> None:
             tokens = len(each.ids or ()) or residues + FRAME[row.family]
             shape = {
                 "nll": (1, 1),
+                "causal_nll": (1, 1),
+                "ll_sum": (1, 1),
+                "ll_mean": (1, 1),
                 "log_likelihood": (1, 1),
                 "masked_probabilities": (residues, vocabulary),
                 "contacts": (residues, residues),
@@ -344,6 +355,7 @@ def test_error_is_a_share_of_what_is_allowed() -> None:
         ({"layer": 1}, "a layer for hidden and mean"),
         ({"what": "hidden"}, "a layer for hidden and mean"),
         ({"sequence": None, "ids": (1,), "task": "nlu"}, "a sequence where there is a task"),
+        ({"what": "ll_sum", "sequence": None, "ids": (1,)}, "a sequence for ll_sum and ll_mean"),
         ({"expected": ((1.0,),)}, "rows by columns"),
         ({"expected": ((1.0,), (float("nan"),))}, "finite"),
         ({"rows": (0, -1)}, "from 0 upwards"),

@@ -16,6 +16,10 @@ tokens are all but those which the tokenizer puts around the residues (the separ
     probabilities         [n, v]  softmax of the logits over the whole vocabulary
     log_odds              [n, v]  log-probability minus that of the token which stands there
     nll                   [1, 1]  mean over all n tokens of minus the log-probability of the token which stands there
+    causal_nll            [1, 1]  mean over all but the first token of minus its log-probability given those before it
+    ll_sum                [1, 1]  of t plain residues, between 1 and 2: the sum of their log-probabilities, each given
+                                  what is before it; softmax over letters alone; average of both directions
+    ll_mean               [1, 1]  the same, divided by t
     log_likelihood        [1, 1]  sum over the inner tokens of the log-probability of the token which stands there
     masked_probabilities  [t, v]  row i as in probabilities, at residue i, of a pass in which that residue is hidden
     hidden                [n, c]  ``hidden_states[layer]``, of the encoder if there are two stacks
@@ -37,6 +41,9 @@ What = Literal[
     "probabilities",
     "log_odds",
     "nll",
+    "causal_nll",
+    "ll_sum",
+    "ll_mean",
     "log_likelihood",
     "masked_probabilities",
     "hidden",
@@ -44,7 +51,7 @@ What = Literal[
     "contacts",
 ]
 
-_LAYERED = ("hidden", "mean")
+_LAYERED, _OF_RESIDUES = ("hidden", "mean"), ("ll_sum", "ll_mean")
 _FOLDER = Path(__file__).with_name("checks")
 
 
@@ -72,6 +79,7 @@ class Check:
             f"what to be one of {', '.join(get_args(What))}": self.what in get_args(What),
             "either a sequence or ids": (self.sequence is None) != (self.ids is None),
             "a sequence where there is a task": self.task is None or self.sequence is not None,
+            "a sequence for ll_sum and ll_mean": self.what not in _OF_RESIDUES or bool(self.sequence),
             "a layer for hidden and mean, and for nothing else": (self.layer is not None) == (self.what in _LAYERED),
             "rows and columns from 0 upwards": bool(self.rows and self.columns) and min(*self.rows, *self.columns) >= 0,
             "expected to be rows by columns": shape == [len(self.columns)] * len(self.rows),
