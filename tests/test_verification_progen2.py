@@ -23,8 +23,8 @@ from plm.verification import published_values, values
 from plm_weights.checks import Check, What
 from plm_weights.registry import CHECKPOINTS, find
 
-# The original's numbers are of its float64 model; ours are rounded to float32 before the softmax, as a logit of 8 is by
-# 5e-7 and a sum of 36 of them by 2e-5 at most.
+# Twice what was measured: `values` computes the softmax in float32, and differs from the original's float64 by up to
+# 4e-7 in a mean and 8e-6 in a sum of 36.
 FLOAT32, SUM = 1e-6, 2e-5
 QKV, OUT = "transformer.h.1.attn.qkv_proj.weight", "transformer.h.1.attn.out_proj.weight"
 

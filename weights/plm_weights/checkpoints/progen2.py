@@ -9,7 +9,6 @@ from plm_weights.checkpoints import Checkpoint, File, spellings
 
 _ARCHIVES = "https://storage.googleapis.com/sfr-progen-research/checkpoints"
 _NIJKAMP = "Nijkamp et al. 2023, Cell Systems 14, 968-978, doi:10.1016/j.cels.2023.10.002"
-_COMMON = "UniRef90 and BFD30"
 
 
 def _progen2(
@@ -20,12 +19,12 @@ def _progen2(
     size: int,
     sha256: str,
     *,
-    trained_on: str = _COMMON,
+    note: str = "UniRef90 and BFD30",
     vocabulary: int = 32,
     max_length: int = 1024,
     header: str | None = None,
 ) -> Checkpoint:
-    """A checkpoint of so many layers, channels and heads. All share licence, hosts and the rest."""
+    """A checkpoint of so many layers, channels and heads; ``note`` says what it was trained on."""
     layers, channels, heads = sizes
     name, hub = published.lower(), f"hugohrban/{published}"
     return Checkpoint(
@@ -34,7 +33,7 @@ def _progen2(
         licence="BSD-3-Clause",
         citation=_NIJKAMP,
         aliases=spellings(name, hub),
-        note=f"generates; trained on {trained_on}",
+        note=note,
         parameters=parameters,
         config={
             "vocabulary": vocabulary,
@@ -82,7 +81,7 @@ ROWS: tuple[Checkpoint, ...] = (
         764_803_616,
         1_530_726_083,
         "6a0d5cea517a15aa9e4caa31681a309a48f13efe9b423418b7751259c762d299",
-        trained_on="antibodies (OAS, clustered at 85%)",
+        note="antibodies, OAS at 85%",
     ),
     _progen2(
         "progen2-base",
@@ -91,6 +90,7 @@ ROWS: tuple[Checkpoint, ...] = (
         764_803_616,
         1_533_871_811,
         "393126403594e4c0d3d1a9eef06a3e92614c979af907f6aca06eb882b7c8aea8",
+        note="UniRef90 and BFD30, 2,048 tokens",
         max_length=2048,
     ),
     _progen2(
@@ -109,7 +109,7 @@ ROWS: tuple[Checkpoint, ...] = (
         2_779_356_160,
         5_559_845_203,
         "9c81810054fde79b4130e579dbd98b2b1e8e9772f1138aae497f71f5cb101a0c",
-        trained_on="UniRef90 and BFD90",
+        note="UniRef90 and BFD90",
         vocabulary=51200,
         header="progen2-large",
     ),
