@@ -82,7 +82,7 @@ def verify(
 
     Published values come with the library for every registry row that has any. Where transformers (hub form) or
     fair-esm (``.pt``) is installed, its float32 outputs on a few sequences are compared too: the logits, and of a T5
-    the encoder's hidden states.
+    the encoder's hidden states. A ProGen2, which transformers has not, is given to its GPT-J, as the block is the same.
 
     Args:
         source: anything ``load`` takes; a folder or file is matched with the registry by its name.

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import plm
+from plm.conversion import to_original
+from plm.models import progen2
 from plm.vocabularies import PROGEN2
 from plm_weights import open_tensors
 from plm_weights.progen2 import original_masks
@@ -98,6 +100,17 @@ def test_the_published_float16_file_computes_in_float32() -> None:
     assert torch.equal(model.net.embed.weight, stored["transformer.wte.weight"].float())
     out = model.net(plm.Packed.from_ids([[3, 16, 4]]))
     assert out.logits.dtype == torch.float32 and out.logits.isfinite().all()
+
+
+def test_as_many_rows_as_the_large_checkpoints_have(tmp_path: Path) -> None:
+    """51,200, of which 30 are tokens: the rest are columns of the logits and nothing more."""
+    config = progen2.Config(51200, 51200, 1, 16, 8, 2, 64, 24)
+    to_original(progen2.ProGen2(config).half().state_dict(), config, tmp_path / BIN)
+    model = plm.load(tmp_path, device="cpu")
+    assert model.net.config == config and len(model.tokenizer.vocabulary) == 30
+    batch = plm.Packed.from_ids([model.tokenizer.encode("1MKT2")])
+    assert model.net(batch).logits.shape == (5, 51200)
+    assert plm.verify(tmp_path).passed
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
