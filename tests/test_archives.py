@@ -88,6 +88,12 @@ HOSTILE = {
     "pipe": (member(WEIGHTS, kind=tarfile.FIFOTYPE), "is a link or a device"),
     "twice": (member("b/config.json", b"{}"), r"two files config\.json, of which '\./config\.json' is the second"),
     "larger than any disk": (member("x", size=1 << 60), r"'x' claims 1,152,921,504,606,846,976 bytes, .* make room"),
+    "a size below zero": (member("x", size=-1024), "'x' claims -1,024 bytes"),
+    "a size that leads back": (  # to the start, which tarfile takes for the end, or to the member itself
+        member("x", kind=tarfile.GNUTYPE_SPARSE, size=-512),
+        r"(no pytorch_model\.bin|its members have no end \(after 3, at 'x'\))",
+    ),
+    "members without number": (member("x") * 10_001, "its members have no end"),
     "endless name": (
         member("x", kind=tarfile.GNUTYPE_LONGNAME, size=1 << 40),
         "claims to be 1,099,511,627,776 bytes long",
@@ -328,10 +334,37 @@ def test_a_wrong_archive_is_not_kept(row: Checkpoint, site: Site, fault: str) ->
     assert (fetch(row) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
 
 
+def test_an_interrupted_run_keeps_the_archive(
+    row: Checkpoint,
+    site: Site,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which took long to download."""
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", lambda _: None)
+        patched.setattr(tarfile.TarFile, "extract", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fetch(row)
+    assert left(home() / "originals") == {"tiny.tar.gz"}
+    site.asked.clear()
+    fetch(row)
+    assert not site.asked and left(home() / "originals") == {"tiny", *FILES}
+
+
+def test_many_may_fetch_at_once(row: Checkpoint, site: Site) -> None:  # noqa: F811
+    found = list[Path]()
+    runs = [threading.Thread(target=lambda: found.append(fetch(row))) for _ in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert found == [home() / "originals" / "tiny"] * 4 and len(site.asked) == 1
+
+
 def test_room_is_asked_for_before_unpacking(row: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The archive, which took long to download, is kept for the next run."""
     sizes = iter([1 << 40, 1000])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(sizes)))
-    with pytest.raises(DownloadError, match=r"tiny\.tar\.gz unpacks to 505,359 bytes, its disk has 1,000 left"):
+    with pytest.raises(DownloadError, match=r"tiny\.tar\.gz unpacks to 505,359 bytes, 1,000 are left"):
         fetch(row, form="original")
     assert left(home() / "originals") == {"tiny.tar.gz"}

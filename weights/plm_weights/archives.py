@@ -20,6 +20,7 @@ from plm_weights.errors import CheckpointError
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 WANTED = (CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *WEIGHTS)
 LONGEST_READ = 2**20  # bytes; tar files are read in pieces of 16 kB, and names longer than this are no names
+MOST_MEMBERS = 10_000  # tarfile remembers them all
 _GZIP, _TAR, _TAR_AT = b"\x1f\x8b", b"ustar", 257
 # What a torn archive (gzip says EOFError) or a hostile header makes of the modules below: a date or a number out of
 # range, names that follow each other without end.
@@ -84,8 +85,12 @@ def unpack(archive: Path, folder: Path, wanted: Collection[str] = WANTED) -> tup
 def _extract(archive: Path, folder: Path, wanted: Collection[str]) -> list[str]:
     """The wanted members as files of ``folder``; their names, the weights last."""
     found: list[str] = []
+    place = -1
     with archive.open("rb") as file, _Bounded(_plain(file)) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in tar:
+        for count, member in enumerate(tar):
+            if member.offset <= place or count == MOST_MEMBERS:
+                raise ValueError(f"its members have no end (after {count:,}, at {member.name!r})")
+            place = member.offset
             _refuse(member, folder)
             name = PurePosixPath(member.name).name
             if not member.isfile() or name not in wanted:
@@ -112,7 +117,8 @@ def _refuse(member: tarfile.TarInfo, folder: Path) -> None:
         raise ValueError(f"its member {member.name!r} has an absolute name")
     tarfile.data_filter(member, str(folder))
     # A member that is passed over has to be decompressed, so its claim counts as well.
-    if member.size > (free := shutil.disk_usage(folder).free):
+    free = shutil.disk_usage(folder).free
+    if not 0 <= member.size <= free:
         raise ValueError(
             f"its member {member.name!r} claims {member.size:,} bytes, {folder.parent} has {free:,} left: make room"
         )
@@ -130,5 +136,5 @@ class _Bounded(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= LONGEST_READ:
-            raise ValueError(f"one of its headers claims to be {size:,} bytes long")
+            raise ValueError(f"one of its headers claims to be {size or 0:,} bytes long")
         return super().read(size)

@@ -271,14 +271,22 @@ def _from_authors(
 
 def _download_archive(row: Checkpoint, folder: Path, progress: Progress | None) -> None:
     """The row's originals into a folder of their own. A torn archive is not kept, as no hash would find it out."""
-    archive = folder.with_name(f"{row.name}.tar.gz")
-    download(File(archive.name, url=row.archive), archive, progress=progress)
-    needed, free = sum(file.size or 0 for file in row.originals), shutil.disk_usage(archive.parent).free
-    if needed > free:
-        raise DownloadError(f"{archive} unpacks to {needed:,} bytes, its disk has {free:,} left: make room, run again.")
-    try:
-        unpack(archive, folder, [file.name for file in row.originals])
-    finally:
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    archive, names = folder.with_name(f"{row.name}.tar.gz"), [file.name for file in row.originals]
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_name(f"{row.name}.archive.lock")):
+        if all((folder / name).is_file() for name in names):  # by another process, while this one waited
+            return
+        download(File(archive.name, url=row.archive), archive, progress=progress)
+        needed, free = sum(file.size or 0 for file in row.originals), shutil.disk_usage(archive.parent).free
+        if needed > free:
+            raise DownloadError(f"{archive} unpacks to {needed:,} bytes, {free:,} are left: make room and run again.")
+        try:
+            unpack(archive, folder, names)
+        except CheckpointError:
+            archive.unlink()
+            raise
         archive.unlink()
 
 
