@@ -10,6 +10,7 @@ from torch import Tensor
 from plm import peers
 from plm.loading import Model, load, locate, open_checkpoint
 from plm.packing import Packed
+from plm.scoring import score_rows
 from plm_weights import UnknownModelError
 from plm_weights.checks import Check
 from plm_weights.registry import find
@@ -133,8 +134,8 @@ def values(model: Model, check: Check) -> Tensor:
     """The matrix that a check speaks of; its kinds are defined in ``plm_weights.checks``."""
     tokenizer, net = model.tokenizer, model.net
     if check.what in ("ll_sum", "ll_mean"):
-        total = both_directions(model, check.sequence or "")
-        return total if check.what == "ll_sum" else total / len(check.sequence or "")
+        ((_, likelihood),) = score_rows(model, [tokenizer.residues(check.sequence or "")], how="likelihood")
+        return torch.tensor([[likelihood.total if check.what == "ll_sum" else likelihood.mean]])
     ids = list(check.ids) if check.ids is not None else tokenizer.encode(check.sequence or "", task=check.task)
     before, after = map(len, tokenizer.frame(check.task))
     inner = slice(before, len(ids) - after)
@@ -159,23 +160,6 @@ def values(model: Model, check: Check) -> Tensor:
     if check.what == "log_likelihood":
         return own[inner].sum().view(1, 1)
     return -own.mean().view(1, 1) if check.what == "nll" else log_probabilities - own
-
-
-def both_directions(model: Model, residues: str) -> Tensor:
-    """ProGen2's likelihood of a protein ``[1, 1]`` as its authors' likelihood.py adds it up (salesforce/progen).
-
-    The terminal behind the last residue is not scored.
-    """
-    before, after = model.tokenizer.frame()
-    ids = [*before, *model.tokenizer.residues(residues), *after]
-    batch = Packed.from_ids([ids, ids[::-1]], device=model.device)
-    letters = torch.tensor(model.tokenizer.residue_ids, device=model.device)
-    log_probabilities = model.net(batch).logits[:, letters].float().log_softmax(-1)
-    sums = [
-        rows[:-2].gather(1, torch.searchsorted(letters, tokens[1:-1, None])).sum()
-        for rows, tokens in zip(batch.split(log_probabilities), batch.split(batch.tokens), strict=True)
-    ]
-    return torch.stack(sums).mean().view(1, 1)
 
 
 def masked_probabilities(model: Model, ids: list[int], inner: slice) -> Tensor:

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.loading": {"torch", "plm_weights", "plm.families", *BASICS},
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", *BASICS},
     "plm.peers": {"torch", "plm.families", "plm.loading", "plm.models", *BASICS, "transformers", "esm"},
-    "plm.verification": {"torch", "plm_weights", "plm.loading", "plm.peers", *BASICS},
+    "plm.verification": {"torch", "plm_weights", "plm.loading", "plm.peers", "plm.scoring", *BASICS},
     "plm.plots": {"numpy", "matplotlib", "torch"},
     "plm.cli": {"click", "tqdm", "torch", "huggingface_hub", "plm_weights", "plm_kernels", "plm"},
     "plm.__main__": {"plm.cli"},
