@@ -161,12 +161,15 @@ def room_width(requests: Sequence[Request]) -> int:
 
 
 def room_for(requests: Sequence[Request], samples: int, rows: int) -> Room:
-    """What the cache must hold while ``rows`` texts are written at a time. The last token of a text is never read."""
+    """What the cache must hold while ``rows`` texts are written at a time. The last token of a text is never read.
+
+    A prompt with more samples than rows joins in parts, several of which may be there at once.
+    """
     at_once = min(rows, samples * len(requests))
     return Room(
         texts=at_once,
         text_tokens=max(request.max_length - len(request.start) for request in requests),
-        prompts=min(len(requests), at_once),
+        prompts=min(len(requests) * -(-samples // rows), at_once),
         prompt_tokens=max(len(request.ids) for request in requests),
     )
 
