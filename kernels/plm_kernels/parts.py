@@ -29,8 +29,8 @@ def attention_part(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tenso
 
 def merge_parts(first: Part, second: Part) -> Tensor:
     """What the queries gather from the keys of both parts ``[..., d]``. One of the sums may be ``-inf``: no keys."""
-    share = torch.sigmoid(first[1] - second[1])[..., None]
-    return torch.lerp(second[0], first[0], share)
+    share = torch.sigmoid(first[1] - second[1])[..., None]  # in float32 at least, as the sums are
+    return torch.lerp(second[0].to(share.dtype), first[0].to(share.dtype), share).to(first[0].dtype)
 
 
 @cache
