@@ -17,7 +17,7 @@ from plm.sequences import Fault, InputError
 Given = str | Sequence[int] | Tensor
 Kind = Literal["completion", "infilling", "translation"]
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
-TAG = re.compile(r"<\|\w+\|>")  # in front of a fine-tuned ProGen2's sequences
+BEFORE = re.compile(r"\s*(<\|\w+\|>)?\s*")  # a tag, in front of a fine-tuned ProGen2's sequences
 OTHER_ALPHABET = {"aa2fold": "fold2aa", "fold2aa": "aa2fold"}
 
 
@@ -148,24 +148,26 @@ def causal_prompt(model: Model, given: str) -> Prompt:
 
     Raises: InputError.
     """
-    text, tokenizer = "".join(given.split()), model.tokenizer
-    tags = TAG.match(text)
-    body = text.removeprefix(tags[0] if tags else "")
+    tokenizer = model.tokenizer
     ends = f"{tokenizer.start}{tokenizer.end}"
-    if not text:
+    if not given.strip():
         raise InputError("prompt", [Fault("the prompt is empty", f"give {tokenizer.start} to write from nothing")])
-    if not body.startswith(tuple(ends)):
-        body = f"{tokenizer.start}{body}"
+    found = BEFORE.match(given)
+    before = found[0] if found else ""
+    body = given.removeprefix(before)
+    added = "" if body.startswith(tuple(ends)) else ends[0]
     if inner := next((i for i, letter in enumerate(body) if i and letter in ends), None):
-        raise InputError("prompt", [finished_already(body[inner], inner + 1)])
+        raise InputError("prompt", [finished_already(body[inner], len(before) + inner + 1)])
     try:
-        ids = tokenizer.encode((tags[0] if tags else "") + body)
+        ids = tokenizer.encode(before + added + body)
     except ValueError as error:
-        # Positions are counted in the prompt as it was given.
+
+        def as_given(found: re.Match[str]) -> str:
+            place = int(found[1])
+            return f"at position {place - len(added) if place > len(before) else place}"
+
         hint = f"letters are those of {model.checkpoint.name}; the original leaves out what it does not know"
-        shift = len(body) - len(text.removeprefix(tags[0] if tags else ""))
-        message = re.sub(r"at position (\d+)", lambda found: f"at position {int(found[1]) - shift}", str(error))
-        raise InputError("prompt", [Fault(message, hint)]) from None
+        raise InputError("prompt", [Fault(re.sub(r"at position (\d+)", as_given, str(error)), hint)]) from None
     return causal_prompt_of_ids(model, ids)
 
 
@@ -179,16 +181,16 @@ def causal_prompt_of_ids(model: Model, ids: list[int]) -> Prompt:
     if wrong := [token for token in ids if not 0 <= token < config.vocabulary]:
         reason = f"ids {wrong[:5]} are not in the vocabulary of {config.vocabulary} tokens"
         raise InputError("prompt", [Fault(reason, "give the ids of model.tokenizer.encode(text)")])
-    ends = tuple(tokenizer.vocabulary.index(token) for token in ("<|eos|>", tokenizer.start, tokenizer.end))
-    letters = tokenizer.residue_ids
-    first = next((i for i, token in enumerate(ids) if token in letters), len(ids))  # behind tags and the terminal
-    if (inner := next((i for i in range(max(first, 1), len(ids)) if ids[i] in ends), None)) is not None:
+    terminals, letters = (tokenizer.start_id, tokenizer.end_id), tokenizer.residue_ids
+    ends = (tokenizer.vocabulary.index("<|eos|>"), *terminals)
+    first = next((i for i, token in enumerate(ids) if token in (*terminals, *letters)), len(ids))  # behind tags
+    if (inner := next((i for i in range(first + 1, len(ids)) if ids[i] in ends), None)) is not None:
         raise InputError("prompt", [finished_already(tokenizer.vocabulary[ids[inner]], inner + 1)])
     if len(ids) > config.max_length:
         reason = f"{len(ids):,} tokens with the terminal; {model.checkpoint.name} reads at most {config.max_length:,}"
         raise InputError("prompt", [Fault(reason, "give its last residues, from where the sequence is to go on")])
     text = "".join(tokenizer.vocabulary[token] for token in ids if token in letters)
-    reverse = tokenizer.end_id in ids[:first]
+    reverse = tokenizer.end_id in ids[first : first + 1]
     return Prompt(text, "completion", None, ids, len(text), start=ids, ends=ends, reverse=reverse)
 
 
@@ -219,9 +221,9 @@ def lengths(prompt: Prompt, limit: int | None, bounds: tuple[int | None, int | N
     if limit is not None:
         # The last token is written but never read, so there can be one more of them than positions.
         if longest is not None and longest > limit + 1:
-            raise ValueError(
-                f"max_length={longest}, but the model reads at most {limit} tokens: give {limit + 1} or less"
-            )
+            name, number = ("max_length", longest) if residues is None else ("length", residues)
+            most = number - (longest - limit - 1)
+            raise ValueError(f"{name}={number}, but the model reads at most {limit} tokens: give {most} or less")
         return shortest or 0, max(limit, given + 1) if longest is None else longest
     if longest is None and not prompt.residues and not prompt.gaps:
         raise ValueError("the prompt has no residues to tell how much to write: give max_length")
