@@ -184,7 +184,7 @@ def fitting_rows(model: Model, requests: Sequence[Request], how: Settings) -> in
 
     Raises: MemoryError if they would not fit into what is free, with the number that would.
     """
-    longest = max(request.max_length + len(request.ids) for request in requests)
+    longest = max(len(request.ids) + request.max_length - len(request.start) for request in requests)
     budget = default_max_tokens(model, how) if how.max_tokens is None else how.max_tokens
     wanted = max(1, min(budget // longest, how.num_samples * len(requests)))
     free = free_memory(model.device)
