@@ -204,6 +204,7 @@ def pieces(model: Model, prompts: Sequence[Prompt], how: Settings) -> Iterator[P
     for step in job.steps(order, job.rows):
         for name, token, log_prob in zip(step.names, step.tokens, step.log_probs, strict=True):
             sample = None
+            running.check_finite(model, name[0], torch.tensor(log_prob))
             if text := step.finished.get(name):
                 (sample,) = complete(model, name[0], prompts[name[0]], [text], how)
             known = tokenizer.vocabulary[token] if token < len(tokenizer.vocabulary) else ""
@@ -226,9 +227,10 @@ def written(model: Model, prompts: Sequence[Prompt], how: Settings) -> Iterator[
                 for (i, number), text in step.finished.items():
                     texts.setdefault(i, {})[number] = text
                     if len(texts[i]) == how.num_samples:
-                        order.remove(i)
                         found = [texts[i][number] for number in range(how.num_samples)]
-                        yield i, complete(model, i, prompts[i], found, how)
+                        samples = complete(model, i, prompts[i], found, how)
+                        order.remove(i)
+                        yield i, samples
         except RuntimeError as error:
             if not running.out_of_memory(error):
                 raise
