@@ -27,8 +27,10 @@ def places(context: click.Context, parameter: click.Parameter, given: tuple[str,
     found = {}
     for text in given:
         position, _, residue = text.partition(":")
-        if not position.isdigit() or not residue:
+        if not position.isdecimal() or not residue:
             raise click.BadParameter(f"{text!r} is not POSITION:RESIDUE, as 45:C")
+        if int(position) in found:
+            raise click.BadParameter(f"position {position} is given twice")
         found[int(position)] = residue.upper()
     return found
 
@@ -178,7 +180,7 @@ def row(prompt: str, number: int, sample: "Sample") -> dict[str, object]:
         "sample": number,
         "sequence": sample.protein,
         "ll_sum": sample.ll_sum,
-        "ll_mean": sample.ll_mean if sample.sequence else None,
+        "ll_mean": sample.ll_mean if sample.score is None or sample.sequence else None,
         "stopped_by": sample.stopped_by,
         "filled": sample.filled,
     }
