@@ -4,28 +4,35 @@ from pathlib import Path
 
 import torch
 
-_GROUPS = (  # of a container: what it may use, and what it uses
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
+MEMINFO = Path("/proc/meminfo")
+GROUPS = (  # of a container: its folder, what it may use, what it uses, and what of that are files read earlier
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where the system does not tell."""
+    """Bytes that are free on a device or can be freed at once; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+        return torch.cuda.mem_get_info(device)[0] + kept
     found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = (line.split() for line in meminfo.read_text().splitlines())
-        found += [1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"]
-    for limit, used in _GROUPS:
-        if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-            found.append(max(0, int(text) - int(used.read_text())))
+    if (available := numbers(MEMINFO).get("MemAvailable:")) is not None:
+        found.append(1024 * available)
+    for folder, limit, used, files in GROUPS:
+        most, now = folder / limit, folder / used
+        if most.exists() and now.exists() and (text := most.read_text().strip()).isdigit():
+            # A checkpoint that was read stays in memory as a file until the memory is wanted for something else.
+            taken = int(now.read_text()) - numbers(folder / "memory.stat").get(files, 0)
+            found.append(max(0, int(text) - taken))
     return min(found, default=None)
+
+
+def numbers(path: Path) -> dict[str, int]:
+    """A system's file of names and numbers, one to a line; empty where there is none."""
+    if not path.exists():
+        return {}
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
 
 
 def gigabytes(count: int) -> str:
