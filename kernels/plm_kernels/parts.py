@@ -43,5 +43,5 @@ def fused_available() -> bool:
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, attn_mask=mask, scale=1.0)
             wanted = formula(q, k, k, scale=1.0, mask=mask)
         return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError, ValueError):
         return False
