@@ -18,6 +18,7 @@ _HOMES = {
     "plm.contact_maps": ("contacts",),
     "plm.generation": ("Piece", "Sample", "generate", "stream"),
     "plm.scoring": ("Score", "score"),
+    "plm.variant_effects": ("variants",),
     "plm.conversion": ("convert",),
     "plm.verification": ("Report", "verify"),
     "plm.sequences": ("InputError",),
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "score",
     "stream",
+    "variants",
     "verify",
 ]
 
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from plm.packing import Packed
     from plm.scoring import Score, score
     from plm.sequences import InputError
+    from plm.variant_effects import variants
     from plm.verification import Report, verify
     from plm_weights.errors import CheckpointError, DownloadError, KeyMapError, UnknownModelError
 

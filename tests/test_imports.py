@@ -20,6 +20,8 @@ VERBS = {
     "plm.graphs",
     "plm.memory",
     "plm.scoring",
+    "plm.variant_effects",
+    "plm.prefix",
     "plm.embedding",
     "plm.contact_maps",
     "plm.conversion",
@@ -27,7 +29,7 @@ VERBS = {
     "plm.running",
     "plm.plots",
 }
-FILES = {"plm.sequences", "plm.outputs"}
+FILES = {"plm.sequences", "plm.outputs", "plm.mutations"}
 OPTIONAL = ["h5py", "pyarrow", "matplotlib", "transformers", "esm", "einops.layers"]
 
 # The first prefix that fits a module says what of ours and of others it may import.
@@ -41,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.vocabularies": {"plm.tokens"},
     "plm.models": {"torch", "plm_kernels", *BASICS},
     "plm.sequences": {"plm.sequences"},
+    "plm.mutations": {"plm.sequences"},
     "plm.outputs": {"torch", "numpy", "safetensors", "h5py", "pyarrow", "plm.outputs"},
     "plm.sampling": {"torch"},
     "plm.decoding": {"torch", "plm.sampling", *BASICS},
