@@ -50,15 +50,20 @@ class Change(NamedTuple):
 
 
 def mutated(wild_type: str, variants: Sequence[str], offset: int = 1) -> list[str]:
-    """The sequence of every variant.
-
-    Args:
-        offset: the number of the wild type's first residue.
+    """The sequence of every variant; ``offset`` is the number of the wild type's first residue.
 
     Raises:
         InputError: with every variant that cannot be read or does not fit the wild type (position, what is there, and
             what the name says).
     """
+    texts, faults = read(wild_type, variants, offset)
+    if faults:
+        raise InputError("variants", faults)
+    return texts
+
+
+def read(wild_type: str, variants: Sequence[str], offset: int = 1) -> tuple[list[str], list[Fault]]:
+    """``mutated``, and all faults instead of an error: what a variant with one became is not to be used."""
     bar, letters = wild_type.find("|"), wild_type.replace("|", "")
     texts: list[str] = []
     problems: list[tuple[int, Problem]] = []
@@ -79,12 +84,9 @@ def mutated(wild_type: str, variants: Sequence[str], offset: int = 1) -> list[st
                 text = f"{text[:bar]}|{text[bar:]}"
             texts.append(text)
             problems += [(i, problem) for problem in found]
-    if problems:
-        misfit = any(problem.hint is None for _, problem in problems)
-        hint = _numbering(letters, variants, offset) if misfit else ""
-        faults = [Fault(found.reason, found.hint or hint, record=i + 1, id=variants[i]) for i, found in problems]
-        raise InputError("variants", faults)
-    return texts
+    misfit = any(problem.hint is None for _, problem in problems)
+    hint = _numbering(letters, variants, offset) if misfit else ""
+    return texts, [Fault(each.reason, each.hint or hint, record=i + 1, id=variants[i]) for i, each in problems]
 
 
 def single_substitutions(wild_type: str, offset: int = 1) -> list[str]:

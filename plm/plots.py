@@ -7,6 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 TITLE_LIMIT = 40  # characters, as wide as the map
+RESIDUES = "GAVLIMCPFYWSTNQHKRDE"  # small, hydrophobic, aromatic, polar, charged
+WRAP = 80  # positions side by side
+CELL = 0.14  # inches
 
 
 def draw_contacts(
@@ -38,3 +41,64 @@ def draw_contacts(
     bar.set_label("probability of contact (Cβ–Cβ < 8 Å)")
     bar.outline.set_visible(False)
     figure.savefig(path, format="png", dpi=200, metadata=dict(metadata or {}))
+
+
+def draw_scan(
+    scores: npt.ArrayLike,
+    wild_type: str,
+    path: str | Path,
+    *,
+    offset: int = 1,
+    title: str,
+    subtitle: str = "",
+    label: str = "score",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Draw scores ``[20, L]`` of single substitutions as a PNG file: rows as in ``RESIDUES``, a column per position.
+
+    Red is below 0, blue above; a dot marks the wild type's residue, grey is what has no score (NaN). The colours end at
+    the 99th percentile of the sizes, so that a few outliers do not wash out the rest. Long proteins go on below.
+    """
+    from matplotlib.figure import Figure
+
+    map = np.ma.masked_invalid(np.array(scores, np.float64))
+    own = [(place, RESIDUES.index(letter)) for place, letter in enumerate(wild_type) if letter in RESIDUES]
+    for place, row in own:
+        map[row, place] = 0
+    panels = -(-len(wild_type) // (WRAP if len(wild_type) <= 20 * WRAP else 3 * WRAP))
+    wrap = -(-len(wild_type) // (10 * panels)) * 10 if panels > 1 else len(wild_type)  # alike, in whole tens
+    starts = range(0, len(wild_type), wrap)
+    left, right, top, gap = 0.5, 1.0, 0.75, 0.55  # inches around the maps, and between them
+    wide, high = wrap * CELL, len(RESIDUES) * CELL
+    width, height = max(left + wide + right, 4), top + len(starts) * (high + gap)
+    figure = Figure(figsize=(width, height))
+    sizes = np.abs(map.compressed())
+    limit = float(np.percentile(sizes, 99)) if sizes.any() else 1.0
+    for number, start in enumerate(starts):
+        part = wild_type[start : start + wrap]
+        bottom = height - top - number * (high + gap) - high
+        box = (left / width, bottom / height, len(part) * CELL / width, high / height)
+        axes = figure.add_axes(box, facecolor="0.85")
+        image = axes.imshow(map[:, start : start + wrap], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        here = [(place - start, row) for place, row in own if start <= place < start + wrap]
+        axes.scatter([x for x, _ in here], [y for _, y in here], s=5, color="0.25", linewidths=0)
+        axes.xaxis.remove_overlapping_locs = False  # letters above and numbers below stand at the same places
+        axes.set_yticks(range(len(RESIDUES)), list(RESIDUES), fontsize=6.5, family="monospace")
+        numbers = [place for place in range(len(part)) if (start + place + offset) % 10 == 0 or start + place == 0]
+        axes.set_xticks(numbers, [str(start + place + offset) for place in numbers], fontsize=7)
+        axes.set_xticks(range(len(part)), list(part), fontsize=6.5, family="monospace", minor=True)
+        axes.tick_params(
+            axis="x", which="minor", length=0, pad=1, top=True, bottom=False, labeltop=True, labelbottom=False
+        )
+        axes.tick_params(axis="both", which="major", length=2, pad=2)
+        axes.spines[:].set_visible(False)
+    side = figure.add_axes(((left + wide + 0.25) / width, (height - top - high) / height, 0.12 / width, high / height))
+    bar = figure.colorbar(image, cax=side, extend="both" if sizes.any() and sizes.max() > limit else "neither")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(label, fontsize=8)
+    short = title if len(title) <= TITLE_LIMIT else f"{title[: TITLE_LIMIT - 1]}…"
+    figure.text(left / width, 1 - 0.1 / height, short, fontsize=11, fontweight="bold", va="top", parse_math=False)
+    figure.text(left / width, 1 - 0.32 / height, subtitle, fontsize=9, color="0.4", va="top", parse_math=False)
+    dpi = min(200.0, 60_000 / height)  # a PNG ends at 65,535 pixels
+    figure.savefig(path, format="png", dpi=dpi, metadata=dict(metadata or {}))

@@ -123,27 +123,27 @@ def encode(
     Raises: InputError as ``variants``.
     """
     (first,) = running.encode(model, [wild_type], task=task, hidden=False)
-    texts = mutations.mutated(wild_type, names, offset)
+    texts, faults = mutations.read(wild_type, names, offset)
+    good = sorted(set(range(len(names))) - {fault.record - 1 for fault in faults})
+    rows = []
     try:
-        rows = running.encode(model, texts, task=task, hidden=False)
+        rows = running.encode(model, [texts[i] for i in good], task=task, hidden=False)
     except InputError as error:
-        raise InputError("variants", [replace(each, id=names[each.record - 1]) for each in error.faults]) from None
-    if how not in ANY_LENGTH:
-        faults = []
-        for i, row in enumerate(rows):
-            if chain_lengths(model, row) != chain_lengths(model, first):
-                count, there = (" and ".join(map(str, chain_lengths(model, each))) for each in (row, first))
-                reason = f"{count} residues, the wild type has {there}; {how} takes equal lengths"
-                faults.append(Fault(reason, INDELS, record=i + 1, id=names[i]))
-        if faults:
-            raise InputError("variants", faults)
+        places = [good[fault.record - 1] for fault in error.faults]
+        faults += [replace(each, record=i + 1, id=names[i]) for i, each in zip(places, error.faults, strict=True)]
+    wanted = chain_lengths(wild_type)
+    for i in good if how not in ANY_LENGTH else ():
+        if (count := chain_lengths(texts[i])) != wanted:
+            reason = f"{count} residues, the wild type has {wanted}; {how} takes equal lengths"
+            faults.append(Fault(reason, INDELS, record=i + 1, id=names[i]))
+    if faults:
+        raise InputError("variants", sorted(faults, key=lambda fault: fault.record))
     return first, rows
 
 
-def chain_lengths(model: Model, row: bytes) -> list[int]:
-    """Residues of a sequence, or of either chain of a pair."""
-    separator = None if model.tokenizer.separator is None else bytes([model.tokenizer.separator_id])
-    return [len(chain) for chain in (row.split(separator) if separator else [row])]
+def chain_lengths(text: str) -> str:
+    """Residues of a sequence, or of either chain of a pair, in words."""
+    return " and ".join(str(len(chain)) for chain in text.split("|"))
 
 
 def variant_rows(

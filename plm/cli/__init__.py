@@ -20,6 +20,7 @@ from plm.cli.errors import Code, code_of, message_of
 from plm.cli.generate import generate
 from plm.cli.models import models
 from plm.cli.score import score
+from plm.cli.variants import variants
 from plm.cli.verify import verify
 
 EPILOG = """\b
@@ -35,7 +36,7 @@ def cli() -> None:
     """Protein language models: embeddings, scores, new sequences and more from published checkpoints."""
 
 
-for command in (models, embed, contacts, score, generate, convert, verify, doctor):
+for command in (models, embed, contacts, score, variants, generate, convert, verify, doctor):
     cli.add_command(command)
 
 

@@ -23,6 +23,8 @@ from plm.cli.loading import note, usable_device, while_loading
 from plm.sequences import Duplicates, InputError, Naming, OnStop, Reading, read_records
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from plm.loading import Model, Origin, WeightFile
     from plm.outputs import Output
 
@@ -63,8 +65,7 @@ class Job:
 
         Raises: InputError; click.UsageError.
         """
-        if self.output != "-" and _is_same_file(self.input, self.output):
-            raise click.UsageError(f"{self.output} is the input; --overwrite would destroy it. Choose another output.")
+        self.keep_input()
         reading = read_records(
             self.input,
             column=self.column,
@@ -81,6 +82,11 @@ class Job:
         )
         self.note(*reading.changes)
         return reading
+
+    def keep_input(self) -> None:
+        """Raises: click.UsageError if the output would replace the input."""
+        if self.output != "-" and _is_same_file(self.input, self.output):
+            raise click.UsageError(f"{self.output} is the input; --overwrite would destroy it. Choose another output.")
 
     def keep_stdout_free(self, what: str) -> None:
         """Raises: click.UsageError if both the data and the summary would go to stdout."""
@@ -166,25 +172,28 @@ class Job:
 
         Returns: seconds that it took.
         """
-        from tqdm import tqdm
-
         start = perf_counter()
         if reading.records:
-            # In residues, and by the mean rate so far: the longest come first, so the estimate errs on the long side.
-            bar = tqdm(
-                total=sum(reading.lengths),
-                unit=" residues",
-                unit_scale=True,
-                smoothing=0,
-                leave=False,
-                dynamic_ncols=True,
-                disable=self.quiet or not sys.stderr.isatty(),
-            )
-            with bar, output:
+            with self.bar(sum(reading.lengths), "residues") as bar, output:
                 for index, result in results:
                     put(index, result)
                     bar.update(reading.records[index].length)
         return perf_counter() - start
+
+    def bar(self, total: int, unit: str) -> "tqdm[None]":
+        """A progress bar on a terminal's stderr."""
+        from tqdm import tqdm
+
+        # By the mean rate so far: the longest come first, so the estimate errs on the long side.
+        return tqdm(
+            total=total,
+            unit=f" {unit}",
+            unit_scale=True,
+            smoothing=0,
+            leave=False,
+            dynamic_ncols=True,
+            disable=self.quiet or not sys.stderr.isatty(),
+        )
 
     def report(
         self,
@@ -193,8 +202,12 @@ class Job:
         seconds: float,
         counts: Mapping[str, int] | None = None,
         seed: int | None = None,
+        about: Mapping[str, object] | None = None,
     ) -> Code:
-        """Say what was done, and what failed. ``counts`` tells how much of what; the speed is in the last of these."""
+        """Say what was done, and what failed. ``counts`` tells how much of what; the speed is in the last of these.
+
+        ``about`` is what else the JSON object says.
+        """
         for fault in reading.failed:
             click.echo(f"Failed: {fault}", err=True)
         counts = counts or {"proteins": len(reading.records), "residues": sum(reading.lengths)}
@@ -202,7 +215,7 @@ class Job:
         origin, speed = model.checkpoint, amount / max(seconds, 1e-9)
         output = self.output if reading.records else None
         if self.as_json:
-            summary = {
+            summary: dict[str, object] = {
                 **counts,
                 "seconds": round(seconds, 3),
                 f"{unit}_per_second": round(speed, 1),
@@ -214,7 +227,7 @@ class Job:
                 "changes": reading.changes,
                 "failed": [{"id": fault.id, "reason": str(fault)} for fault in reading.failed],
             }
-            click.echo(json.dumps(summary if seed is None else summary | {"seed": seed}))
+            click.echo(json.dumps(summary | ({} if seed is None else {"seed": seed}) | dict(about or {})))
         if not self.quiet:
             name = f"{origin.name}@{origin.revision[:8]}" if origin.revision else origin.name
             done = f"{', '.join(_count(*item) for item in counts.items())} in {seconds:.1f} s"
