@@ -80,9 +80,9 @@ def variants(
             or ``how`` takes, before anything is computed.
         ValueError: the model cannot do it in this way.
     """
+    texts = running.as_list(model, wild_type)
     names = [variants] if isinstance(variants, str) else list(variants)
     how, task = choose_how(model, how), running.choose_task(model, task)
-    texts = running.as_list(model, wild_type)
     if len(texts) != 1:
         raise TypeError(f"the wild type is one sequence or pair; got {len(texts)}")
     wild_type = "".join(texts[0].split())

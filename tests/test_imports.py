@@ -55,6 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", *BASICS},
     "plm.peers": {"torch", "plm.families", "plm.loading", "plm.models", *BASICS, "transformers", "esm"},
     "plm.verification": {"torch", "plm_weights", "plm.loading", "plm.peers", "plm.scoring", *BASICS},
+    "plm.prefix": {"torch", "plm_kernels", "plm.loading", "plm.models", "plm.running", *BASICS},
+    "plm.ranks": {"numpy"},
     "plm.plots": {"numpy", "matplotlib", "torch"},
     "plm.cli": {"click", "tqdm", "torch", "huggingface_hub", "plm_weights", "plm_kernels", "plm"},
     "plm.__main__": {"plm.cli"},

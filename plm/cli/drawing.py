@@ -1,10 +1,9 @@
 """Pictures, which appear whole or not at all, as all outputs."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from plm.cli.assays import Table
 from plm.outputs.output import Output
@@ -45,13 +44,13 @@ class DrawnScan(Output):
         self.table, self.provenance = table, provenance
         self.wild_type = next(iter(table.groups)).replace("|", "")
         self.places = table.substitutions()
-        self.scores = np.full((len(RESIDUES), len(self.wild_type)), np.nan)
+        self.scores = [[math.nan] * len(self.wild_type) for _ in RESIDUES]
 
     def write(self, index: int, score: float) -> None:
         """Take the score of a variant. Raises: ValueError for a wrong index, or a second writing."""
         self._check_free(index)
         if (place := self.places[index]) is not None and place[1] in RESIDUES:
-            self.scores[RESIDUES.index(place[1]), place[0]] = score
+            self.scores[RESIDUES.index(place[1])][place[0]] = score
         self._written[index] = True
 
     def _begin(self) -> None:
