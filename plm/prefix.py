@@ -169,10 +169,11 @@ class Run:
 
 
 def letter_log_probs(model: Model, hidden: Tensor) -> Tensor:
-    """Log-probabilities ``[n, letters]`` of the next residue, in float32 at least. The head makes letters alone."""
-    head, letters = causal(model).lm_head, list(model.tokenizer.residue_ids)
-    logits = F.linear(hidden, head.weight[letters], head.bias[letters])
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    """Log-probabilities ``[n, letters]`` of the next residue, from letters alone, in float32 at least."""
+    letters, precise = list(model.tokenizer.residue_ids), torch.promote_types(hidden.dtype, torch.float32)
+    head = causal(model).lm_head
+    weight, bias = (x[letters].to(precise) for x in (head.weight, head.bias))
+    return F.linear(hidden.to(precise), weight, bias).log_softmax(-1)
 
 
 def columns(model: Model, residues: bytes) -> list[int]:
