@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from plm_kernels import attention_part, merge_parts, runs
+from plm_kernels import attention_part, merge_parts, padded_keys, runs
 
 STEP = 64  # prompts are remembered in multiples of so many tokens
 GROUP = (
@@ -35,7 +35,7 @@ class Room:
 
     def bytes(self, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
         """Of all keys and values."""
-        tokens = self.texts * self.text_tokens + self.prompts * steps(self.prompt_tokens)
+        tokens = self.texts * padded_keys(self.text_tokens, head_size) + self.prompts * steps(self.prompt_tokens)
         return 2 * layers * tokens * heads * head_size * dtype.itemsize
 
 
@@ -88,14 +88,21 @@ class Slots:
 
 
 class Cache(Slots):
-    """The texts' own tokens, a slot for each row. Rows that joined together have equally many."""
+    """The texts' own tokens, a slot for each row. Rows that joined together have equally many.
+
+    They are attended to with padding behind them, so that a row has the same bits whatever rows are beside it.
+    """
 
     def __init__(
         self, shape: tuple[int, int, int, int, int], scale: float, like: Tensor, bias: Tensor | None = None
     ) -> None:
         """``bias`` ``[h, capacity]`` is added to the scaled logits by distance; its last value is the query's own."""
-        super().__init__(shape, scale, like)
-        self.bias = bias
+        layers, rows, heads, capacity, size = shape
+        super().__init__((layers, rows, heads, padded_keys(capacity, size), size), scale, like)
+        self.text_tokens = capacity
+        own = self.keys.new_zeros(1, capacity) if bias is None else bias.to(self.keys.dtype)
+        padding = own.new_full((len(own), self.capacity - capacity + 16), -torch.inf)
+        self.mask = torch.cat((own, padding), -1)[None, :, None]  # [1, h or 1, 1, t]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the newest token's k and v ``[r, h, d]``, then attend with its q to all that the row has.
@@ -106,10 +113,11 @@ class Cache(Slots):
         counts = runs(self.lengths)
         pieces = (x.split([count for count, _ in counts]) for x in (q, k, v))
         for (count, length), queries, newest, value in zip(counts, *pieces, strict=True):
-            rows, here = slice(start, start + count), slice(length + 1)
+            rows, here = slice(start, start + count), slice(padded_keys(length + 1, q.shape[-1]))
             keys, values = self.keys[layer, rows], self.values[layer, rows]
             keys[:, :, length], values[:, :, length] = newest, value
-            mask = None if self.bias is None else self.bias[None, :, None, self.capacity - 1 - length :]
+            first = self.text_tokens - 1 - length
+            mask = self.mask[..., first : first + here.stop]
             queries = queries[:, :, None].to(keys.dtype)
             parts.append(attention_part(queries, keys[:, :, here], values[:, :, here], scale=self.scale, mask=mask))
             start += count
@@ -269,8 +277,8 @@ class Decoding:
 
     def check_room(self) -> None:
         """Raises: ValueError if a row has no room for another token."""
-        if max(self.cache.lengths, default=0) >= self.cache.capacity:
-            raise ValueError(f"the cache is full: it was begun with room for {self.cache.capacity} tokens")
+        if max(self.cache.lengths, default=0) >= self.cache.text_tokens:
+            raise ValueError(f"the cache is full: it was begun with room for {self.cache.text_tokens} tokens")
 
 
 def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import plm
 from plm.cache import STEP, Cache, Decoding, Memory, Room
 from plm.models.t5 import EOS, PAD, START, T5
 from plm.packing import Packed
-from plm_kernels import packing_available, reference
+from plm_kernels import packing_available, padded_keys, reference
 
 # Two float64 programs that add in another order: 1e-14 is seen on logits of up to 5.
 FLOAT64 = 1e-12
@@ -260,7 +260,8 @@ def test_nothing_is_allocated_while_writing(folder: Path) -> None:
     net = load(folder, "float32")
     state = begun(net, random_ids(LENGTHS, net.config.vocabulary), 4)
     config, rows = net.config, 4 * len(LENGTHS)
-    assert state.cache.keys.shape == (config.decoder_layers, rows, config.heads, STEPS, config.head_size)
+    tokens = padded_keys(STEPS, config.head_size)
+    assert state.cache.keys.shape == (config.decoder_layers, rows, config.heads, tokens, config.head_size)
     places = state.cache.keys.data_ptr(), state.cache.values.data_ptr()
     padded = max(-(-length // STEP) * STEP for length in LENGTHS)
     prompts = (config.decoder_layers, len(LENGTHS), config.heads, padded, config.head_size)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plm_kernels import attention_part, merge_parts, parts, reference
+from plm_kernels import attention_part, merge_parts, padded_keys, parts, reference
 from plm_kernels.parts import Part
 
 # Two float64 programs that add in another order: 2e-15 is seen on values of about 1.
@@ -188,3 +188,23 @@ def test_the_fused_kernel_is_looked_at_before_it_is_used(monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             patch.setattr(torch.ops.aten, OPERATOR, operator)
             assert parts.fused_available.__wrapped__() is wanted
+
+
+@pytest.mark.parametrize("size", [8, 64, 80, 96])
+def test_a_single_query_has_the_same_bits_in_any_batch(size: int) -> None:
+    """With as many keys as ``padded_keys`` says, masked ones behind them, whatever thread takes a row."""
+    generator = torch.Generator().manual_seed(size)
+    k, v = (torch.randn(13, 16, 160, size, generator=generator) for _ in range(2))
+    q = torch.randn(13, 16, 1, size, generator=generator)
+    with torch.inference_mode():
+        for length in (1, 2, 7, 8, 15, 16, 17, 31, 64, 100, 144):
+            count = padded_keys(length, size)
+            assert 0 <= count - length < 16 and (count + 2 + size) % 16 == 0
+            mask = torch.zeros(1, 1, 1, count).index_fill(3, torch.arange(length, count), -torch.inf)
+            whole = attention_part(q, k[:, :, :count], v[:, :, :count], scale=0.3, mask=mask)
+            plain = attention_part(q, k[:, :, :length], v[:, :, :length], scale=0.3)
+            for found, wanted in zip(whole, plain, strict=True):
+                torch.testing.assert_close(found, wanted)  # float32's own tolerance: padding has no weight
+            for some in (slice(0, 1), slice(5, 7), slice(3, 13)):
+                part = attention_part(q[some], k[some, :, :count], v[some, :, :count], scale=0.3, mask=mask)
+                assert all(torch.equal(a, b[some]) for a, b in zip(part, whole, strict=True)), (length, some)

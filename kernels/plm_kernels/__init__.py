@@ -4,7 +4,7 @@ from plm_kernels.eight_bit import FEW, eight_bits, linear_8bit
 from plm_kernels.linear import linear, pack_weight, packing_available
 from plm_kernels.norms import rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
-from plm_kernels.parts import attention_part, merge_parts
+from plm_kernels.parts import attention_part, merge_parts, padded_keys
 from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs
 
@@ -22,6 +22,7 @@ __all__ = [
     "merge_parts",
     "pack_weight",
     "packing_available",
+    "padded_keys",
     "rms_norm",
     "rotary_half",
     "rotary_pairs",

@@ -29,8 +29,20 @@ def attention_part(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tenso
 
 def merge_parts(first: Part, second: Part) -> Tensor:
     """What the queries gather from the keys of both parts ``[..., d]``. One of the sums may be ``-inf``: no keys."""
-    share = torch.sigmoid(first[1] - second[1])[..., None]  # in float32 at least, as the sums are
+    # In float64 and rounded once: the last bit of a float32 exponential may differ between a vector unit and its tail.
+    share = torch.sigmoid((first[1] - second[1]).double())[..., None].to(first[1].dtype)
     return torch.lerp(second[0].to(share.dtype), first[0].to(share.dtype), share).to(first[0].dtype)
+
+
+def padded_keys(count: int, head_size: int) -> int:
+    """How many keys a single query should be given, ``count`` of them and masked ones, for bits that do not depend on
+    the batch.
+
+    torch's kernel gives each thread ``keys + 2 + head_size`` floats to work in, one thread's behind the other's, and
+    the products in them are rounded by where they lie within a line of 16. With whole lines that is the same in all
+    threads, so it does not matter which of them takes a row.
+    """
+    return count + -(count + 2 + head_size) % 16
 
 
 @cache
