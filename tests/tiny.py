@@ -69,6 +69,16 @@ def encoder_alone() -> plm.Model:
     return tiny_t5("prott5-encoder", prott5_tokenizer(), torch.float32, config)
 
 
+def writing_progen2(
+    dtype: torch.dtype = torch.float32, max_length: int = 200, vocabulary: int = 32, outputs: int = 32, seed: int = 0
+) -> plm.Model:
+    """A ProGen2 that reads as many tokens, with as many rows in its embedding and in its head. It ends most texts."""
+    config = progen2.Config(vocabulary, outputs, 2, 32, 4, 6, 48, max_length=max_length)
+    net = progen2.ProGen2(config).requires_grad_(False)
+    randomise_progen2(net, seed)
+    return plm.Model(net.to(dtype).eval(), progen2_tokenizer(), origin("progen2"))
+
+
 def igbert(dtype: torch.dtype = torch.float32, lm_head: bool = True, positions: int = 40) -> plm.Model:
     """30 tokens; takes pairs of chains."""
     net = bert.BERT(bert.Config(30, 2, 32, 4, 48, positions=positions, types=2, lm_head=lm_head)).requires_grad_(False)
