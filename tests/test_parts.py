@@ -151,6 +151,17 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert rms(merged - truth) <= 2 * rms(formula - truth)
 
 
+@pytest.mark.parametrize(("heads", "size"), [(16, 64), (16, 96), (32, 80), (4, 8), (5, 3)])
+def test_no_bit_of_a_row_depends_on_how_many_there_are(heads: int, size: int) -> None:
+    """A sigmoid's vectors used to leave over some of 16 heads, so that rows of an odd batch were rounded otherwise."""
+    first, second = ((torch.randn(67, heads, size), 5 * torch.randn(67, heads)) for _ in range(2))
+    with torch.inference_mode():
+        wanted = merge_parts(first, second)
+        for rows in (slice(0, 1), slice(1, 2), slice(0, 3), slice(5, 16), slice(50, 67), slice(0, 34)):
+            parts_of = ((mixed[rows], sums[rows]) for mixed, sums in (first, second))
+            assert torch.equal(merge_parts(*parts_of), wanted[rows])
+
+
 def rms(x: Tensor) -> float:
     return math.sqrt(x.double().square().mean().item())
 

@@ -72,8 +72,12 @@ def encoder_alone() -> plm.Model:
 def writing_progen2(
     dtype: torch.dtype = torch.float32, max_length: int = 200, vocabulary: int = 32, outputs: int = 32, seed: int = 0
 ) -> plm.Model:
-    """A ProGen2 that reads as many tokens, with as many rows in its embedding and in its head. It ends most texts."""
-    config = progen2.Config(vocabulary, outputs, 2, 32, 4, 6, 48, max_length=max_length)
+    """A ProGen2 that reads as many tokens, with as many rows in its embedding and in its head. It ends most texts.
+
+    Its feed-forward is a multiple of 64 wide, as all published ones: torch's tanh GELU rounds what is left over from
+    its loop over so many numbers otherwise than the rest, so that else bits would depend on the number of rows.
+    """
+    config = progen2.Config(vocabulary, outputs, 2, 32, 4, 6, 64, max_length=max_length)
     net = progen2.ProGen2(config).requires_grad_(False)
     randomise_progen2(net, seed)
     return plm.Model(net.to(dtype).eval(), progen2_tokenizer(), origin("progen2"))

@@ -29,8 +29,9 @@ def attention_part(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tenso
 
 def merge_parts(first: Part, second: Part) -> Tensor:
     """What the queries gather from the keys of both parts ``[..., d]``. One of the sums may be ``-inf``: no keys."""
-    # In float64 and rounded once: the last bit of a float32 exponential may differ between a vector unit and its tail.
-    share = torch.sigmoid((first[1] - second[1]).double())[..., None].to(first[1].dtype)
+    # A softmax over these two goes row by row. A sigmoid of their difference would go through all rows in vectors and
+    # round what is left over otherwise, so that a row's bits would depend on how many there are.
+    share = torch.stack((first[1], second[1]), -1).softmax(-1)[..., :1]  # in float32 at least, as the sums are
     return torch.lerp(second[0].to(share.dtype), first[0].to(share.dtype), share).to(first[0].dtype)
 
 
