@@ -120,6 +120,8 @@ def steps(
         for prompt in range(len(requests))
         for first in range(0, samples, rows)
     )
+    if not requests:
+        return
     for request in requests:
         refuse_silence(request, rules)
     room = room_for(requests, samples, rows)
