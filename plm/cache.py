@@ -101,8 +101,13 @@ class Cache(Slots):
         super().__init__((layers, rows, heads, padded_keys(capacity, size), size), scale, like)
         self.text_tokens = capacity
         own = self.keys.new_zeros(1, capacity) if bias is None else bias.to(self.keys.dtype)
-        padding = own.new_full((len(own), self.capacity - capacity + 16), -torch.inf)
+        padding = own.new_full((len(own), self.keys.shape[3]), -torch.inf)
         self.mask = torch.cat((own, padding), -1)[None, :, None]  # [1, h or 1, 1, t]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a text has room for, padding aside."""
+        return self.text_tokens
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the newest token's k and v ``[r, h, d]``, then attend with its q to all that the row has.
@@ -277,8 +282,8 @@ class Decoding:
 
     def check_room(self) -> None:
         """Raises: ValueError if a row has no room for another token."""
-        if max(self.cache.lengths, default=0) >= self.cache.text_tokens:
-            raise ValueError(f"the cache is full: it was begun with room for {self.cache.text_tokens} tokens")
+        if max(self.cache.lengths, default=0) >= self.cache.capacity:
+            raise ValueError(f"the cache is full: it was begun with room for {self.cache.capacity} tokens")
 
 
 def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from plm.cache import STEP, Decoding, Room
 from plm.models.progen2 import ProGen2
 from plm.packing import Packed
-from plm_kernels import packing_available
+from plm_kernels import packing_available, padded_keys
 
 # Two float64 programs that add in another order: 2e-14 is seen on logits of up to 8.
 FLOAT64 = 1e-12
@@ -277,7 +277,8 @@ def test_nothing_is_allocated_while_writing() -> None:
     writer = Writer(net)
     state, config = writer.state, net.config
     stores = (state.cache.keys, state.cache.values, state.memory.keys, state.memory.values)
-    assert state.cache.keys.shape == (config.layers, 24, config.heads, 40, config.head_size)
+    tokens = padded_keys(40, config.head_size)
+    assert state.cache.keys.shape == (config.layers, 24, config.heads, tokens, config.head_size)
     assert state.memory.keys.shape == (config.layers, 12, config.heads, 3 * STEP, config.head_size)
     size = room.bytes(config.layers, config.heads, config.head_size, torch.float32)
     assert size == sum(store.numel() * 4 for store in stores)
