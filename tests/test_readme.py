@@ -51,7 +51,7 @@ def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr("plm.loading.fetch", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples" / "data").mkdir(parents=True)
-    for name in (EXAMPLE.name, "antibodies.csv"):
+    for name in (EXAMPLE.name, "antibodies.csv", "blat_ecolx.csv.gz", "blat_ecolx.fasta"):
         shutil.copyfile(EXAMPLE.with_name(name), tmp_path / "examples" / "data" / name)
     lines = gzip.decompress(EXAMPLE.read_bytes()).split(b"\n>")[:5]
     (tmp_path / "proteins.fasta.gz").write_bytes(gzip.compress(b"\n>".join(lines)))
