@@ -21,6 +21,8 @@ bench: .venv/test
 	$(BIN)/python bench/t5_encoder.py
 	$(BIN)/python bench/complete.py
 	$(BIN)/python bench/igbert.py
+	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/variants.py
 
 # torch first and alone: the pinned build is the CPU one, and nothing after it may replace it.
 .venv/torch: constraints.txt

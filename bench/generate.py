@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_ceiling, machine, print_json, race, ratio, read_ceiling, seconds
+from common import copy_ceiling, machine, one_thread, print_json, race, ratio, read_ceiling, seconds
 from progen2_twin import BYTES, PEERS, SIZES, Kind, Size, official, peer, random_weights
 from torch import Tensor
 from transformers import GenerationConfig
@@ -202,9 +202,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tries", type=int, default=1, help="runs at most until one is undisturbed by other programs")
+    parser.add_argument("--one-thread", action="store_true", help="and its processor time, for a busy machine")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cuda-graphs", choices=("on", "off"))
     args = parser.parse_args()
+    if args.one_thread:
+        one_thread()
     how = graph_settings(args.device, args.cuda_graphs)
     speed, copied = read_ceiling(device=args.device), copy_ceiling(device=args.device)
     print(machine())
