@@ -2,7 +2,7 @@
 
 A graph repeats what was recorded, so everything it touches must lie where it lay and have the shape it had. Here every
 row keeps its prompt and its text side by side in a place of its own, and lengths are numbers on the device. There is a
-graph for each bucket of rows and of tokens, recorded when it is first needed; nothing is compiled.
+graph for each bucket of rows and of tokens, recorded when a call first needs it; nothing is compiled.
 
 Letters: r rows (texts being written), h heads, d head size, t tokens, l layers.
 """
