@@ -125,7 +125,7 @@ def test_case(tmp_path: Path) -> None:
     assert pairs(kept) == [("a", "DVvqXL<MASK>P")]
     assert kept.changes == ["terminal stops (*) removed from 1 sequences", "1 inner stops (*) read as X"]
     for case, letters in (("upper", "A-Z"), ("lower", "a-z"), ("keep", "A-Za-z")):
-        assert message(tmp_path, b">a\nDv1\n", case=case).endswith(
+        assert message(tmp_path, b">a\nDv3\n", case=case).endswith(
             "record 1 'a': '1' at position 3\n"
             f"What to do: sequences hold the letters {letters}, and <mask> or | where the model has them"
         )
