@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
-from plm import memory
+import plm
+from plm import memory, writing
+from plm.models.progen2 import Config, ProGen2
+from plm.vocabularies import progen2_tokenizer
 
 CPU = torch.device("cpu")
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    9000 kB\nHugePages_Total:       0\n"
@@ -71,3 +75,13 @@ def test_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_in_words(count: float, text: str) -> None:
     assert memory.gigabytes(int(count)) == text
+
+
+def test_as_many_texts_at_a_time_as_a_gibibyte_holds() -> None:
+    """98,304 bytes are ProGen2-small's keys and values for a token; padding takes little of it."""
+    config = Config(32, 32, 12, 1024, 16, 32, 4096, 1024)
+    with torch.device("meta"):
+        net = ProGen2(config)
+    model = plm.Model(net, progen2_tokenizer(), tiny.origin("progen2"))
+    tokens = writing.default_max_tokens(model, writing.Settings())
+    assert 0.97 * (1 << 30) < tokens * 2 * 12 * 1024 * 4 <= 1 << 30
