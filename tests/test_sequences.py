@@ -125,8 +125,8 @@ def test_case(tmp_path: Path) -> None:
     assert pairs(kept) == [("a", "DVvqXL<MASK>P")]
     assert kept.changes == ["terminal stops (*) removed from 1 sequences", "1 inner stops (*) read as X"]
     for case, letters in (("upper", "A-Z"), ("lower", "a-z"), ("keep", "A-Za-z")):
-        assert message(tmp_path, b">a\nDv3\n", case=case).endswith(
-            "record 1 'a': '3' at position 3\n"
+        assert message(tmp_path, b">a\nDv1\n", case=case).endswith(
+            "record 1 'a': '1' at position 3\n"
             f"What to do: sequences hold the letters {letters}, and <mask> or | where the model has them"
         )
     with pytest.raises(ValueError, match="case is one of upper, lower, keep, not 'title'"):
@@ -157,7 +157,7 @@ def test_literals_in_lowercase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (b">a\nMKT\nAC*D*\n", ["line 3", "record 1 'a'", "'*' at position 6", "--on-stop X"]),
         (b">a\nMK--TV\n", ["line 2", "'-' at position 3", "--strip-gaps"]),
         (b">a\nMK.TV\n", ["'.' at position 3", "--strip-gaps"]),
-        (b">a\nMK\n;c\n\nT3V\n", ["line 5", "'3' at position 4", "letters A-Z"]),
+        (b">a\nMK\n;c\n\nT1V\n", ["line 5", "'1' at position 4", "letters A-Z"]),
         (b">a\nMK\0TV\n", ["line 2", r"'\x00' at position 3", "NUL byte"]),
         (b">a\0b\nMKTV\n", ["line 1", "NUL byte in the header"]),
         ("\N{BYTE ORDER MARK}>a\nMKTV\n".encode("utf-16-le"), ["UTF-16", "UTF-8"]),

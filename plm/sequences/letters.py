@@ -23,8 +23,6 @@ HINTS = {
     "-": "gaps of an alignment: --strip-gaps removes them",
     ".": "gaps of an alignment: --strip-gaps removes them",
     "_": "residues to be filled in: only the prompts of `plm generate` have them",
-    "1": "the N-terminus: only the prompts of `plm generate` have it",
-    "2": "the C-terminus: only the prompts of `plm generate` have it",
     "\0": "a NUL byte: the file is damaged or not text, fetch it again",
 }
 
