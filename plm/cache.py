@@ -234,6 +234,7 @@ class State(Protocol):
     """What a network that goes on from its prompts asks of a cache while it writes; ``Decoding`` for one."""
 
     def join(self, lengths: Sequence[int], counts: Sequence[int]) -> range: ...
+    def repeat(self, row: int, count: int) -> None: ...
     def put(self, layer: int, taken: range, keys: Tensor, values: Tensor) -> None: ...
     def positions(self, device: torch.device) -> Tensor: ...
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -253,6 +254,15 @@ class Decoding:
         """Room for prompts of these lengths and so many texts to each; the prompts' slots, for ``memory.put``."""
         self.cache.take([0] * sum(counts))
         return self.memory.join(lengths, counts)
+
+    def repeat(self, row: int, count: int) -> None:
+        """Room for ``count`` more texts to the prompt of a row; what is remembered of it is copied."""
+        ends = torch.tensor(self.memory.counts).cumsum(0)
+        old = int(torch.searchsorted(ends, row, right=True))
+        (new,) = self.join([self.memory.lengths[old]], [count])
+        here = slice(steps(self.memory.lengths[old]))
+        for store in (self.memory.keys, self.memory.values):
+            store[:, new, :, here] = store[:, old, :, here]
 
     def put(self, layer: int, taken: range, keys: Tensor, values: Tensor) -> None:
         """Remember what a layer made of the prompts that took these slots."""

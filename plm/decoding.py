@@ -21,6 +21,8 @@ from plm.sampling import Rules
 Stop = Literal["end", "length"]
 Name = tuple[int, int]
 """Which text: the number of its prompt, and which of the texts to that prompt."""
+Share = tuple[int, range]
+"""Some of the texts to a prompt: its number, and which of its samples."""
 Choose = Callable[[Tensor, Tensor], Tensor]
 """Logits ``[r, v]`` and uniform numbers ``[r]`` to tokens ``[r]``."""
 Draw = Callable[[Sequence[Name], int], Tensor]
@@ -115,13 +117,9 @@ def steps(
 
     Nothing is computed before it is asked for, so the loop can rest between two steps; the network must not change.
     """
-    waiting = deque(
-        (prompt, range(first, min(first + rows, samples)))
-        for prompt in range(len(requests))
-        for first in range(0, samples, rows)
-    )
     if not requests:
         return
+    waiting = deque((prompt, range(samples)) for prompt in range(len(requests)))
     for request in requests:
         refuse_silence(request, rules)
     room = room_for(requests, samples, rows)
@@ -130,13 +128,11 @@ def steps(
     live: Live | None = None
     while waiting or names:
         with weights_unchanged(scope):
-            some = admitted(waiting, rows, len(names))
-            if some:
-                net.join(state, [requests[prompt].ids for prompt, _ in some], [len(each) for _, each in some])
-                new = [(prompt, sample) for prompt, each in some for sample in each]
-                joined = begin(net, [requests[prompt] for prompt, _ in new], draw(new, room_width(requests)))
+            if new := admitted(waiting, rows, names):
+                names = names + join(net, state, requests, new, names)
+                added = names[-sum(len(each) for _, each in new) :]
+                joined = begin(net, [requests[prompt] for prompt, _ in added], draw(added, room_width(requests)))
                 live = joined if live is None else Live(*map(torch.cat, zip(live, joined, strict=True)))
-                names = names + new
             assert live is not None
             tokens, log_probs, ended = one_more(net, state, live, choose, rules)
             finished = {}
@@ -165,30 +161,49 @@ def room_width(requests: Sequence[Request]) -> int:
 def room_for(requests: Sequence[Request], samples: int, rows: int) -> Room:
     """What the cache must hold while ``rows`` texts are written at a time. The last token of a text is never read.
 
-    A prompt with more samples than rows joins in parts, several of which may be there at once.
+    Where not all texts are written at once, a prompt's samples may join at different times, and each time it has a
+    place of its own.
     """
     at_once = min(rows, samples * len(requests))
     return Room(
         texts=at_once,
         text_tokens=max(request.max_length - len(request.start) for request in requests),
-        prompts=min(len(requests) * -(-samples // rows), at_once),
+        prompts=min(len(requests), at_once) if at_once == samples * len(requests) else at_once,
         prompt_tokens=max(len(request.ids) for request in requests),
     )
 
 
-def admitted(waiting: deque[tuple[int, range]], rows: int, busy: int) -> list[tuple[int, range]]:
-    """Who joins now: once a quarter of the rows is free, as many as there is room for.
+def admitted(waiting: deque[Share], rows: int, busy: Sequence[Name]) -> list[Share]:
+    """Who joins now: once a quarter of the rows is free, as many texts as there is room for.
 
     Reading prompts one by one would take longer than a few rows that rest.
     """
-    some: list[tuple[int, range]] = []
-    free = rows - busy
+    some: list[Share] = []
+    free = rows - len(busy)
     if busy and free < max(1, rows // 4):
         return some
-    while waiting and len(waiting[0][1]) <= free:
-        some.append(waiting.popleft())
+    while waiting and free:
+        prompt, samples = waiting.popleft()
+        some.append((prompt, samples[:free]))
+        if rest := samples[free:]:
+            waiting.appendleft((prompt, rest))
         free -= len(some[-1][1])
     return some
+
+
+def join(net: Network, state: Any, requests: Sequence[Request], new: list[Share], busy: Sequence[Name]) -> list[Name]:
+    """Give rows to texts. A prompt that texts are being written to is not read again but copied.
+
+    Returns: whose rows they are, in their order.
+    """
+    rows = {prompt: row for row, (prompt, _) in enumerate(busy)}
+    unread = [share for share in new if share[0] not in rows]
+    known = [share for share in new if share[0] in rows]
+    if unread:
+        net.join(state, [requests[prompt].ids for prompt, _ in unread], [len(samples) for _, samples in unread])
+    for prompt, samples in known:
+        state.repeat(rows[prompt], len(samples))
+    return [(prompt, sample) for prompt, samples in (*unread, *known) for sample in samples]
 
 
 def begin(net: Network, requests: Sequence[Request], uniform: Tensor) -> Live:

@@ -31,7 +31,8 @@ class Sample:
         stopped_by: "end" (it wrote the end token, or a terminal) or "length".
         filled: of an infilling, what was written into each gap, in order; empty where nothing was.
         reverse: whether it was written from the C-terminus to the N-terminus, and ``sequence`` reads like that.
-        score: the likelihood of the whole protein, prompt included (see ``plm.score``), of models that write from
+        score: the likelihood of the whole protein, prompt included (see ``plm.score``, which refuses one that with both
+            terminals is longer than the checkpoint reads; here the last tokens are not read), of models that write from
             either end (a protein without residues has 0 in sum, and a mean that is no number); None of others.
     """
 
@@ -138,14 +139,16 @@ def generate(
         repetition_penalty, no_repeat: guards against repeats; see ``plm.sampling.Rules``.
         banned: tokens that are never written, as text ("X", "<unk>") or ids.
         forced: the residue at each of some positions of the completed sequence, ``{45: "C"}``, counted from 1 in the
-            order of writing (ProGen2). What is forced is written whatever is banned.
+            order of writing (ProGen2). What is forced is written whatever is banned; a text may end before it, unless
+            ``length`` or ``min_length`` keep it from that.
         residues_only: ban all that is neither a residue nor the end (nor, infilling, one of the prompt's gaps), so that
             a completion by ``n`` tokens has ``n`` residues whatever the model prefers. The published recipes do not ban
             them, and trained models hardly ever write anything else. In translations they are always banned.
         likelihood: compute ``Sample.score`` of what ProGen2 wrote, which takes two passes over each protein.
         cuda_graphs: on CUDA, record ProGen2's steps and repeat them: see ``plm.graphs``.
         seed: of the random numbers; None draws one. A sample depends on it, on its prompt's place and on its own
-            number, and on nothing that is written beside it.
+            number, and on nothing that is written beside it: in float32 on a CPU to the bit, in 8 bits and on a GPU
+            as far as rounding allows, so that a near-tie may fall the other way.
         max_tokens: tokens of prompts and texts that are worked on at a time; None for what fits well into memory.
         task: what goes before the prompt; None as above, "none" for nothing.
 
@@ -183,7 +186,7 @@ def generate(
 def stream(
     model: Model, prompts: Given | Iterable[Given], *, task: str | None = None, **settings: Any
 ) -> Iterator[Piece]:
-    """``generate``, token by token while they are written; beam search has no such order and is refused.
+    """``generate``, with all of its arguments, token by token while they are written; but no beam search.
 
     Nothing is computed before it is asked for, so a stream can be left and gone on with: its pieces are the same. The
     model's weights must not change meanwhile.
@@ -193,12 +196,12 @@ def stream(
     how = Settings(**settings)
     if how.num_beams > 1:
         raise ValueError("a beam search knows its first token when it knows its last: use generate, or num_beams=1")
-    return pieces(model, plan(model, prompts, task), how)
+    return pieces(Job.of(model, plan(model, prompts, task), how))
 
 
-def pieces(model: Model, prompts: Sequence[Prompt], how: Settings) -> Iterator[Piece]:
-    """``stream`` of prompts that are planned."""
-    job = Job.of(model, prompts, how)
+def pieces(job: Job) -> Iterator[Piece]:
+    """``stream`` of work that is planned."""
+    model, prompts, how = job.model, job.prompts, job.how
     tokenizer = model.tokenizer
     order = range(len(prompts))
     for step in job.steps(order, job.rows):

@@ -2,7 +2,8 @@
 
 A graph repeats what was recorded, so everything it touches must lie where it lay and have the shape it had. Here every
 row keeps its prompt and its text side by side in a place of its own, and lengths are numbers on the device. There is a
-graph for each bucket of rows and of tokens, recorded when a call first needs it; nothing is compiled.
+graph for each bucket of rows and of tokens, recorded when a call first needs it; nothing is compiled. A prompt is read
+once for its texts, but each of them keeps a copy of its keys and values.
 
 Letters: r rows (texts being written), h heads, d head size, t tokens, l layers.
 """
@@ -39,13 +40,15 @@ class StaticDecoding:
         self.lengths = torch.zeros(room.texts, dtype=torch.int64, device=like.device)
         self.scale, self.capacity = scale, capacity
         self.known: list[int] = []  # the same lengths, of the rows in use, on the host
+        self.prompts: list[int] = []  # how many of a row's tokens are its prompt's
         self.rows, self.tokens = room.texts, shape[3]  # what a step computes
         self.joining: Sequence[int] = ()
 
     def join(self, lengths: Sequence[int], counts: Sequence[int]) -> range:
         """Rows for ``counts`` texts to prompts of these lengths; the prompts' numbers, for ``put``."""
         first = len(self.known)
-        self.known += [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
+        new = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
+        self.known, self.prompts = self.known + new, self.prompts + new
         if len(self.known) > len(self.lengths) or max(self.known) > self.capacity:
             raise ValueError(f"{len(self.known)} rows of up to {max(self.known)} tokens; there is room for fewer")
         self.lengths[first : len(self.known)] = torch.tensor(self.known[first:], device=self.lengths.device)
@@ -62,6 +65,13 @@ class StaticDecoding:
                 piece = pieces[prompt].transpose(0, 1)
                 store[layer, self.places[prompt], :, : piece.shape[1]] = piece
 
+    def repeat(self, row: int, count: int) -> None:
+        """Rows for ``count`` more texts to the prompt of a row; what is remembered of it is copied."""
+        first, length = len(self.known), self.prompts[row]
+        self.join([length], [count])
+        for store in (self.keys, self.values):
+            store[:, first : first + count, :, :length] = store[:, row, None, :, :length]
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order."""
         chosen = torch.tensor(rows, dtype=torch.long, device=self.lengths.device)
@@ -69,6 +79,7 @@ class StaticDecoding:
             store[:, : len(rows)] = store[:, chosen]
         self.lengths[: len(rows)] = self.lengths[chosen]
         self.known = [self.known[row] for row in rows]
+        self.prompts = [self.prompts[row] for row in rows]
 
     def check_room(self) -> None:
         """Raises: ValueError if a row has no room for another token."""
@@ -108,12 +119,17 @@ Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Something to repeat, to its result's place and what repeats it."""
 
 
-def cuda_graph(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """``work`` as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return result, graph.replay
+def cuda_graphs() -> Record:
+    """What makes CUDA graphs of work; those that one call makes share their memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+        return result, graph.replay
+
+    return record
 
 
 @dataclass
@@ -121,7 +137,7 @@ class Graphed:
     """A ProGen2 whose steps are recorded once for each size and then repeated; else it is the network it is given."""
 
     net: ProGen2
-    record: Record = cuda_graph
+    record: Record = field(default_factory=cuda_graphs)
     steps: dict[tuple[int, int], Recorded] = field(default_factory=dict)
 
     @property

@@ -75,14 +75,14 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
         self.packed = PackedWeight()
-        self.scale: Tensor | None = None
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)
 
     def keep_8_bits(self) -> None:
         """Keep the weight in 8 bits from now on, and take and give bfloat16."""
-        whole, scale = eight_bits(self.weight)
-        self.weight = nn.Parameter(whole, requires_grad=False)
-        del self.scale
-        self.register_buffer("scale", scale, persistent=False)
+        if self.scale is None:
+            whole, self.scale = eight_bits(self.weight)
+            self.weight = nn.Parameter(whole, requires_grad=False)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """``[n, i] -> [n, o]``."""
@@ -96,7 +96,14 @@ class Linear(nn.Linear):
         return F.gelu(y) if gelu else y
 
     def in_8_bits(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Few rows on the whole numbers themselves; many on the same numbers in bfloat16, packed when first needed."""
+        """Few rows on the whole numbers themselves; many on the same numbers in bfloat16, packed when first needed.
+
+        Raises: TypeError for another dtype than bfloat16.
+        """
+        if not x.dtype == scale.dtype == torch.bfloat16:
+            raise TypeError(
+                f"weights in 8 bits take bfloat16, not {x.dtype}: load the model again in the dtype you want"
+            )
         if len(x) <= FEW:
             return linear_8bit(x, self.weight, scale, self.bias)
         wide = self.packed.of_8_bits(x, self.weight)

@@ -177,9 +177,10 @@ def load(
             published hashes, and its hub ids ("hugohrban/progen2-medium") the hub's.
         device: "auto" (or None) takes CUDA where there is one, else the CPU.
         dtype: "auto" (or None) is float32 on a CPU and bfloat16 on CUDA; or a name, or a ``torch.dtype``. "int8" keeps
-            linear weights (the head's aside) in 8 bits with a scale per output, and computes in bfloat16: a quarter of
-            the memory of float32, and on a CPU the fastest way to write one sequence at a time. It rounds weights by
-            about 0.8 % of their size, where bfloat16 rounds them by 0.2 %.
+            linear weights (the head's aside) in 8 bits with a scale per output, and computes in bfloat16. On a CPU that
+            writes one sequence at a time the fastest (what reads many tokens at once keeps the weights in bfloat16
+            beside them); on CUDA it saves memory, not time. It rounds weights by about 0.8 % of their size, where
+            bfloat16 rounds them by 0.2 %.
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
 

@@ -32,7 +32,7 @@ from plm.cli import main
 verbs = ("models", "embed", "contacts", "score", "generate", "convert", "verify", "doctor")
 assert [main([verb, "--help"]) for verb in verbs] == [0] * 8
 assert main(["--help"]) == main(["--version"]) == 0
-assert [main(["nonsense"]), main(["embed", "MKT"]), main(["embed", "MKT", "-m", "x", "--dtype", "int8"])] == [2] * 3
+assert [main(["nonsense"]), main(["embed", "MKT"]), main(["embed", "MKT", "-m", "x", "--dtype", "int4"])] == [2] * 3
 assert main(["embed", "MKT", "-m", "x"]) == main(["contacts", "MKT", "-m", "x"]) == 2
 assert main(["score", "MKT"]) == main(["generate", "MKT", "-m", "x", "--top-p", "2"]) == 2
 assert main(["embed", "no/such.fasta", "-m", "x", "--pool", "mean"]) == main(["generate", "no/such", "-m", "x"]) == 4

@@ -99,3 +99,29 @@ def test_torch_int8_is_the_same_and_other_names_are_refused() -> None:
     assert plm.load(GOLDEN / FOLDERS[0], dtype=torch.int8).weights == "int8"
     with pytest.raises(ValueError, match=r"'int4' is unknown; choose 'auto', .*'int8'"):
         plm.load(GOLDEN / FOLDERS[0], dtype="int4")
+
+
+def test_a_state_of_other_weights_is_not_taken() -> None:
+    """Whole numbers are no weights without their scales, and the reverse: the names tell."""
+    folder = GOLDEN / FOLDERS[0]
+    narrow, wide = plm.load(folder, dtype="int8").net, plm.load(folder, dtype="bfloat16").net
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*scale"):
+        wide.load_state_dict(narrow.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*scale"):
+        narrow.load_state_dict(wide.state_dict())
+    other = plm.load(folder, dtype="int8").net
+    other.load_state_dict(narrow.state_dict())
+
+
+def test_again_and_in_another_dtype() -> None:
+    """Nothing is rounded twice, and nothing is multiplied with scales of another dtype."""
+    layer = Linear(64, 96)
+    layer = layer.bfloat16().eval().requires_grad_(False)
+    layer.keep_8_bits()
+    whole, scale = layer.weight.clone(), layer.scale
+    layer.keep_8_bits()
+    assert scale is not None and torch.equal(layer.weight, whole) and layer.scale is scale
+    with pytest.raises(TypeError, match="take bfloat16, not torch.float32: load the model again"):
+        layer(torch.randn(2, 64))
+    with pytest.raises(TypeError, match="take bfloat16"):
+        layer.float()(torch.randn(2, 64))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import plm
 from plm.models import progen2
-from plm.models.progen2 import ProGen2, lm_loss
+from plm.models.progen2 import Config, ProGen2, lm_loss
 from plm.packing import Packed
 from plm_kernels import Turns
 
@@ -265,3 +265,8 @@ def test_embeddings_are_the_hidden_states(scored: Case, monkeypatch: pytest.Monk
                 torch.testing.assert_close(found, state[1:-1], rtol=0, atol=FLOAT64)
                 (mean,) = plm.embed(model, text, layer=layer, pool="mean")
                 torch.testing.assert_close(mean, state[1:-1].mean(0), rtol=0, atol=FLOAT64)
+
+
+def test_a_head_has_no_token_that_could_not_be_read() -> None:
+    with pytest.raises(ValueError, match="a head of 40 tokens, of which the embedding has only 32"):
+        Config(32, 40, 2, 32, 4, 4, 64, 40)

@@ -170,13 +170,14 @@ def test_a_prompt_is_read_once_for_all_its_texts(monkeypatch: pytest.MonkeyPatch
 
 @both
 def test_more_samples_than_rows(make: Make, prompts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt's texts come in as many goes as there are rows for; each reads the prompt again."""
+    """They come in several goes, and the prompt is read once while any of its texts is there."""
     model = make()
     wanted = drawn(model, prompts[:2], num_samples=7, max_length=12)
     watched = Watched(type(model.net), monkeypatch)
     longest = 12 + (11 if isinstance(model.net, T5) else 0)
     found = drawn(model, prompts[:2], num_samples=7, max_length=12, max_tokens=3 * longest)
-    assert found == wanted and max(watched.rows) <= 3 and len(watched.prompts) == 2 * 3
+    assert found == wanted and max(watched.rows) <= 3 and 2 <= len(watched.prompts) < 2 * 3
+    assert sum(watched.rows) > 0.8 * 3 * len(watched.rows), "rows that are free are given to the next texts"
 
 
 # Streams

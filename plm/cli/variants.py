@@ -112,6 +112,8 @@ def variants(
     drawing = job.output if layout is None and job.output.lower().endswith(".png") else heatmap
     if drawing != heatmap and heatmap is not None:
         raise click.UsageError(f"{job.output} and {heatmap} are pictures: give -o a table, or leave --heatmap out.")
+    if drawing is not None and not drawing.lower().endswith(".png"):
+        raise click.UsageError(f"--heatmap {drawing} is not named like a picture: give a name that ends in .png.")
     columns = {"--mutant-column": mutant_column, "--assay-column": assay_column}
     beside = {"--sequence": sequence, "--sequence-column": sequence_column} | columns
     if scan and (odd := [option for option, value in beside.items() if value is not None]):

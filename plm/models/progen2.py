@@ -47,6 +47,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.channels % self.heads:
             raise ValueError(f"channels must be a multiple of heads; got {self.channels} and {self.heads}")
+        if self.outputs > self.vocabulary:
+            raise ValueError(f"a head of {self.outputs} tokens, of which the embedding has only {self.vocabulary}")
         if self.rotated % 2 or not 0 < self.rotated <= self.head_size:
             raise ValueError(
                 f"rotated must be even, at least 2 and at most the head size {self.head_size}; got {self.rotated}"
