@@ -66,7 +66,7 @@ def own_writer(ours: Model, rows: Sequence[Sequence[int]], new: int, samples: in
     length = len(rows[0]) + new
     found = plm.generate(
         ours, rows, num_samples=samples, temperature=1 if samples > 1 else 0, min_length=length, max_length=length,
-        likelihood=False, seed=0, **how,
+        likelihood=False, seed=0, max_tokens=len(rows) * samples * length, **how,
     )  # fmt: skip
     return [sample for some in found for sample in some]
 
@@ -196,7 +196,7 @@ def without_cache(everyone: Contestants, args: argparse.Namespace) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="ProGen2 against transformers' generate.")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"])
-    parser.add_argument("--dtypes", nargs="+", choices=BYTES, default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=BYTES, default=["float32", "bfloat16", "int8"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--prompt", type=int, default=16, help="tokens, the terminal included")
     parser.add_argument("--new", type=int, default=128)
