@@ -121,7 +121,7 @@ def test_again_and_in_another_dtype() -> None:
     whole, scale = layer.weight.clone(), layer.scale
     layer.keep_8_bits()
     assert scale is not None and torch.equal(layer.weight, whole) and layer.scale is scale
-    with pytest.raises(TypeError, match="take bfloat16, not torch.float32: load the model again"):
+    with pytest.raises(TypeError, match=r"take bfloat16, not torch\.float32: load the model again"):
         layer(torch.randn(2, 64))
     with pytest.raises(TypeError, match="take bfloat16"):
         layer.float()(torch.randn(2, 64))
