@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plm_kernels import attention_part, merge_parts, padded_keys, runs
 
-STEP = 64  # prompts are remembered in multiples of so many tokens
+STEP = 16  # prompts are remembered in multiples of so many tokens
 GROUP = (
     4  # texts of one prompt look at it in multiples of so many: from there on a row's bits do not depend on how many
 )

@@ -12,7 +12,7 @@ from test_parity_t5 import Case
 from torch import Tensor
 
 import plm
-from plm.cache import STEP, Cache, Decoding, Memory, Room
+from plm.cache import STEP, Cache, Decoding, Memory, Room, steps
 from plm.models.t5 import EOS, PAD, START, T5
 from plm.packing import Packed
 from plm_kernels import packing_available, padded_keys, reference
@@ -312,7 +312,7 @@ def test_memory_equals_the_formula() -> None:
         one, many = torch.tensor([0, 1]), torch.tensor([0, stop - start])
         prompt = (keys[start:stop], values[start:stop])
         wanted.append(reference.attention(q[row : row + 1], *prompt, one, scale=0.7, key_offsets=many))
-    memory = Memory((1, len(LENGTHS), heads, STEP, size), scale=0.7, like=keys)
+    memory = Memory((1, len(LENGTHS), heads, steps(max(LENGTHS)), size), scale=0.7, like=keys)
     memory.put(0, memory.join(batch.lengths, [counts] * len(LENGTHS)), keys, values)
     kept = [0, 2, 4, 5, 9, 10, 11, 20]
     for now in (list(range(rows)), kept):

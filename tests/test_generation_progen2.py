@@ -10,6 +10,7 @@ from tiny import ankh, writing_progen2
 
 import plm
 from plm import writing
+from plm.cache import STEP
 from plm.models.progen2 import ProGen2
 from plm.packing import Packed
 from plm_kernels import padded_keys
@@ -338,12 +339,12 @@ def test_a_nan_is_never_given(how: dict[str, Any]) -> None:
 
 def test_what_does_not_fit_is_refused_with_what_would(model: plm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is computed. A text's keys and values: 2 layers, 4 heads of 8, in float64, of 60 tokens and some
-    padding; a prompt's are kept in steps of 64 tokens."""
+    padding; a prompt's are kept in steps of ``STEP`` tokens."""
     token, text = 2 * 2 * 4 * 8 * 8, padded_keys(60, 8)
     prompts, settings = ["MK", "A", "1", "2"], {"max_length": 61, "num_samples": 3, "seed": 0}
     wanted = plm.generate(model, prompts, **settings)
     monkeypatch.setattr(ProGen2, "join", lambda *_: pytest.fail("begun before the memory was looked at"))
-    monkeypatch.setattr(writing, "free_memory", lambda _: 5 * text * token + 5 * 64 * token)
+    monkeypatch.setattr(writing, "free_memory", lambda _: 5 * text * token + 5 * STEP * token)
     with pytest.raises(MemoryError, match=r"keys and values of 12 texts of up to 61 tokens .* 5 at a time would") as no:
         plm.generate(model, prompts, max_tokens=10_000, **settings)
     assert "on cpu; 5 at a time would: give max_tokens=3" in str(no.value)
@@ -351,7 +352,7 @@ def test_what_does_not_fit_is_refused_with_what_would(model: plm.Model, monkeypa
     with pytest.raises(MemoryError, match="give a smaller max_length"):
         plm.generate(model, prompts, **settings)
     monkeypatch.undo()
-    monkeypatch.setattr(writing, "free_memory", lambda _: 5 * text * token + 5 * 64 * token)
+    monkeypatch.setattr(writing, "free_memory", lambda _: 5 * text * token + 5 * STEP * token)
     enough = int(str(no.value).split("max_tokens=")[1])
     for budget in (None, enough):  # fewer at a time where nobody asked for a number
         assert plm.generate(model, prompts, max_tokens=budget, **settings) == wanted
