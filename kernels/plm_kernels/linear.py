@@ -1,8 +1,9 @@
 """Matrix products on weights that oneDNN has laid out for this CPU in advance.
 
 Packing a weight once makes products up to 2.4 times as fast for few rows and fuses the GELU into them. In float32
-it has a second use: a row of the result has the same bits however many rows are computed with it (from two rows
-on; fewer than four are filled up), which ordinary ``F.linear`` does not promise. So a sequence embeds to the same bits alone or in any batch.
+it has a second use: a row of the result has the same bits however many rows are computed with it (fewer than four
+are filled up), which ordinary ``F.linear`` does not promise. So a sequence embeds to the same bits alone or in any
+batch.
 """
 
 from collections.abc import Callable
