@@ -82,7 +82,9 @@ def test_the_rest_of_a_large_head_is_not_there() -> None:
     """large and BFD90 have 51,200 columns: scores of the first 32 are the same, and only the letters are computed."""
     small, large = progen2_model(torch.float64), progen2_model(torch.float64, outputs=512)
     state = large.net.state_dict()
-    state |= {name: x for name, x in small.net.state_dict().items() if not name.startswith("lm_head")}
+    larger = ("lm_head", "embed")
+    state |= {name: x for name, x in small.net.state_dict().items() if not name.startswith(larger)}
+    state["embed.weight"][:32] = small.net.embed.weight
     for name, x in small.net.lm_head.state_dict().items():  # type: ignore[union-attr]
         state[f"lm_head.{name}"][:32] = x
     large.net.load_state_dict(state)

@@ -92,6 +92,6 @@ def igbert(dtype: torch.dtype = torch.float32, lm_head: bool = True, positions: 
 
 def progen2_model(dtype: torch.dtype = torch.float32, outputs: int = 32, max_length: int = 40) -> plm.Model:
     """30 tokens, and two residues less than ``max_length``."""
-    net = progen2.ProGen2(progen2.Config(32, outputs, 2, 40, 8, 4, 64, max_length)).requires_grad_(False)
+    net = progen2.ProGen2(progen2.Config(max(32, outputs), outputs, 2, 40, 8, 4, 64, max_length)).requires_grad_(False)
     randomise_progen2(net, 0)
     return plm.Model(net.to(dtype).eval(), progen2_tokenizer(), origin("progen2"))
