@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from plm import tokens, vocabularies
-from plm.models import bert, esm, progen2, t5
+from plm.models import bert, esm, progen2, proteinbert, t5
 from plm_weights import KeyMap, TensorSource, Tied
 from plm_weights import bert as published_bert
 from plm_weights import esm as published_esm
 from plm_weights import progen2 as published_progen2
+from plm_weights import proteinbert as published_proteinbert
 from plm_weights import t5 as published_t5
 
-Network = esm.ESM | bert.BERT | t5.T5 | progen2.ProGen2
-Config = esm.Config | bert.Config | t5.Config | progen2.Config
+Network = esm.ESM | bert.BERT | t5.T5 | progen2.ProGen2 | proteinbert.ProteinBERT
+Config = esm.Config | bert.Config | t5.Config | progen2.Config | proteinbert.Config
 State = dict[str, Tensor]
 CONFIGURED = ("hub", "plm")  # layouts with a config.json beside the weights
 
@@ -38,6 +39,7 @@ class Family:
     original_rows: Callable[[Any], KeyMap]  # the tensors of the files that its authors published
     tokenizer: Callable[[Any], tokens.Tokenizer]
     original_extras: Callable[[Any], State] = lambda config: {}  # what else their files hold, which is no weight
+    no_hub: Callable[[Any], str | None] = lambda config: None  # why transformers could not read it
     no_original: Callable[[Any], str | None] = lambda config: None  # why their code could not read it
     told_tokenizer: Callable[[Any, Sequence[str]], tokens.Tokenizer] | None = (
         None  # from a file, where none is published
@@ -148,6 +150,19 @@ FAMILIES = (
         original_extras=lambda config: published_progen2.original_masks(asdict(config)),
         no_original=lambda config: published_progen2.no_original(asdict(config)),
         tokenizer=lambda config: vocabularies.progen2_tokenizer(),
+    ),
+    Family(
+        name="proteinbert",
+        network=proteinbert.ProteinBERT,
+        config=proteinbert.Config,
+        layout=published_proteinbert.recognise,
+        read_config=lambda layout, settings, tensors: published_proteinbert.read_config(layout, tensors),
+        key_map=lambda names, config: published_proteinbert.key_map(names, asdict(config)),
+        hub_rows=lambda config: published_proteinbert.published_rows(asdict(config)),
+        hub_files=lambda config, dtype: published_proteinbert.published_config(config),
+        no_hub=lambda config: "transformers has no ProteinBERT",
+        original_rows=lambda config: published_proteinbert.published_rows(asdict(config)),
+        tokenizer=lambda config: vocabularies.proteinbert_tokenizer(),
     ),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

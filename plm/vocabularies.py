@@ -44,6 +44,9 @@ ANKH3 = (
 # tokenizer.json of salesforce/progen: there is no J, and models have spare rows behind the last token
 PROGEN2 = ("<|pad|>", "<|bos|>", "<|eos|>", "1", "2", *"ABCDEFGHIKLMNOPQRSTUVWXYZ")
 
+# nadavbra/protein_bert@83198c9, proteinbert/tokenization.py: there is no B, J, O and Z
+PROTEINBERT = (*"ACDEFGHIKLMNPQRSTUVWXY", "<OTHER>", "<START>", "<END>", "<PAD>")
+
 _RARE = "UZOB"
 
 _ANKH3_TASKS = {"nlu": Task("[NLU]"), "s2s": Task("[S2S]")}
@@ -70,6 +73,11 @@ def bert_tokenizer() -> Tokenizer:
 def progen2_tokenizer() -> Tokenizer:
     """The tokenizer of ProGen2: texts bring their terminals along, "1" at the N-terminus and "2" at the C-terminus."""
     return Tokenizer(PROGEN2, start="1", end="2", unknown=None, framed=False, extensible=True)
+
+
+def proteinbert_tokenizer() -> Tokenizer:
+    """The tokenizer of ProteinBERT, which has no mask: in pre-training noise took its place."""
+    return Tokenizer(PROTEINBERT, start="<START>", end="<END>", unknown="<OTHER>")
 
 
 def prott5_tokenizer() -> Tokenizer:

@@ -1,6 +1,8 @@
 """Kernels of plm: attention on packed sequences, rotary positions, packed linear weights, norms. Imports only torch."""
 
+from plm_kernels.convolution import convolution
 from plm_kernels.eight_bit import FEW, eight_bits, linear_8bit
+from plm_kernels.global_attention import global_attention
 from plm_kernels.linear import linear, pack_weight, packing_available
 from plm_kernels.norms import rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
@@ -16,7 +18,9 @@ __all__ = [
     "attention_backends",
     "attention_part",
     "attention_weights",
+    "convolution",
     "eight_bits",
+    "global_attention",
     "linear",
     "linear_8bit",
     "merge_parts",
