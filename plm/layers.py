@@ -1,6 +1,6 @@
 """Layers that several families use with the same formula."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Self
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm_kernels import FEW, eight_bits, linear, linear_8bit, pack_weight
+from plm_kernels import ACTIVATIONS, FEW, Activation, eight_bits, linear, linear_8bit, pack_weight
 
 _unchanged: ContextVar[object | None] = ContextVar("unchanged", default=None)
 
@@ -30,15 +30,16 @@ def weights_unchanged(scope: object | None = None) -> Iterator[None]:
 class PackedWeight:
     """A weight in the CPU's preferred layout, made at the first prediction and again whenever the weight changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, pack: Callable[[Tensor], Tensor | None] = pack_weight) -> None:
+        self.pack = pack
         self.seen_in: object | None = None
         self.packed: Tensor | None = None
         self.made_from: tuple[int, int, torch.dtype] | None = None
         self.sample = torch.empty(0)
 
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Callable[[Tensor], Tensor | None]]]:
         """Copies and pickles start empty: oneDNN's layout cannot be copied."""
-        return type(self), ()
+        return type(self), (self.pack,)
 
     def of(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The packed form of ``weight``, if ``x`` can use it: on a CPU, without gradients, in a dtype oneDNN packs."""
@@ -53,7 +54,7 @@ class PackedWeight:
         # Fused optimizers and edits of ``weight.data`` do not count versions; they change a sample of the numbers.
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
         if self.made_from != state or not torch.equal(self.sample, sample):
-            self.packed, self.made_from, self.sample = pack_weight(weight), state, sample.clone()
+            self.packed, self.made_from, self.sample = self.pack(weight), state, sample.clone()
         return self.packed
 
     def of_8_bits(self, x: Tensor, weight: Tensor) -> Tensor | None:
@@ -67,7 +68,7 @@ class PackedWeight:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that predicts on packed weights on a CPU; ``gelu=True`` adds the exact GELU in the same pass.
+    """``nn.Linear`` that predicts on packed weights on a CPU, with an activation in the same pass.
 
     Its weight may be kept in 8 bits (see ``plm_kernels.eight_bit``): then ``scale`` is there, and it only predicts.
     """
@@ -84,16 +85,14 @@ class Linear(nn.Linear):
             whole, self.scale = eight_bits(self.weight)
             self.weight = nn.Parameter(whole, requires_grad=False)
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         """``[n, i] -> [n, o]``."""
         if self.scale is not None:
-            y = self.in_8_bits(x, self.scale)
-            return F.gelu(y) if gelu else y
+            return ACTIVATIONS[activation].formula(self.in_8_bits(x, self.scale))
         packed = self.packed.of(x, self.weight)
         if packed is not None:
-            return linear(x, packed, self.bias, gelu=gelu)
-        y = F.linear(x, self.weight, self.bias)
-        return F.gelu(y) if gelu else y
+            return linear(x, packed, self.bias, activation)
+        return ACTIVATIONS[activation].formula(F.linear(x, self.weight, self.bias))
 
     def in_8_bits(self, x: Tensor, scale: Tensor) -> Tensor:
         """Few rows on the whole numbers themselves; many on the same numbers in bfloat16, packed when first needed.

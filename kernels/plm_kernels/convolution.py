@@ -1,4 +1,8 @@
-"""Convolution along a sequence, as oneDNN does it on rows: on a CPU it takes ``[b, t, c]`` as it is."""
+"""Convolution along a sequence. On a CPU oneDNN takes ``[b, t, c]`` as it is and adds the activation in the same pass.
+
+As a product of matrices it would need every row nine times (a kernel of nine), and copying them takes longer than
+oneDNN's whole convolution, which runs at the speed of its matrix products.
+"""
 
 from functools import cache
 
@@ -6,42 +10,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plm_kernels.linear import ACTIVATIONS, Activation
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor, *, dilation: int = 1, gelu: bool = False) -> Tensor:
-    """``[b, t, i] -> [b, t, o]`` with weight ``[o, i, k]``, then exact (erf) GELU if asked.
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: Activation = "none",
+    *,
+    dilation: int = 1,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """``[b, t, i] -> [b, t, o]`` with weight ``[o, i, k]``, then the activation.
 
     Beyond both ends there are zeros: ``(k - 1) * dilation`` in all, of which an odd one stands behind.
+
+    Args:
+        packed: what ``pack_filters`` made of ``weight``. With it there is no gradient.
     """
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and weight.shape[-1] % 2 and fused(x.dtype):
-        return _on_rows(x, weight, bias, dilation, gelu)
+    if packed is not None:
+        return _on_rows(x, packed, bias, activation, dilation)
     total = (weight.shape[-1] - 1) * dilation
     padded = F.pad(x.transpose(1, 2), (total // 2, total - total // 2))
-    y = F.conv1d(padded, weight, bias, dilation=dilation).transpose(1, 2)
-    return F.gelu(y) if gelu else y
+    return ACTIVATIONS[activation].formula(F.conv1d(padded, weight, bias, dilation=dilation).transpose(1, 2))
 
 
-def _on_rows(x: Tensor, weight: Tensor, bias: Tensor, dilation: int, gelu: bool) -> Tensor:
-    """An image of one line whose channels lie last is what ``x`` is already, and GELU costs no pass of its own."""
+def pack_filters(weight: Tensor) -> Tensor | None:
+    """``[o, i, k]`` in oneDNN's layout for any dilation; None where that is not possible (even k, dtype, build)."""
+    odd, known = weight.shape[-1] % 2 == 1, weight.dtype in _DTYPES
+    if weight.device.type != "cpu" or not odd or not known or not filters_available(weight.dtype):
+        return None
+    return _packed(weight)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        filters = weight.detach()[:, :, None].contiguous().to_mkldnn()
+        beyond = weight.shape[-1] // 2
+        packed: Tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(filters, [0, beyond], [1, 1], [1, 1], 1)
+        return packed
+
+
+def _on_rows(x: Tensor, packed: Tensor, bias: Tensor, activation: Activation, dilation: int) -> Tensor:
+    """As an image of one line whose channels lie last, which is what ``x`` is already."""
+    _, name, form = ACTIVATIONS[activation]
     image = x.contiguous()[:, None].permute(0, 3, 1, 2)
-    beyond = weight.shape[-1] // 2 * dilation
-    activation, form = ("gelu", "none") if gelu else ("none", "")
+    beyond = packed.shape[-1] // 2 * dilation
     y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        image, weight[:, :, None], bias, [0, beyond], [1, 1], [1, dilation], 1, activation, [], form
+        image, packed, bias, [0, beyond], [1, 1], [1, dilation], 1, name, [], form
     )
     return y.permute(0, 2, 3, 1)[:, 0]
 
 
 @cache
-def fused(dtype: torch.dtype) -> bool:
-    """Whether this torch has the (private) operator that TorchInductor itself uses, and it works here."""
-    if dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
+def filters_available(dtype: torch.dtype) -> bool:
+    """Whether this torch has the two (private) operators that TorchInductor itself uses, and they work here."""
+    if not torch.backends.mkldnn.is_available():
         return False
-    x = torch.eye(3, 16, dtype=dtype)[None]
-    weight, bias = torch.eye(16, dtype=dtype)[:, :, None].expand(-1, -1, 3), torch.zeros(16, dtype=dtype)
+    x, bias = torch.eye(3, 16, dtype=dtype)[None], torch.zeros(16, dtype=dtype)
+    weight = F.pad(torch.eye(16, dtype=dtype)[:, :, None], (1, 1))
     try:
-        y = _on_rows(x, weight, bias, 2, True)
+        found = [(act.formula(x), _on_rows(x, _packed(weight), bias, name, 2)) for name, act in ACTIVATIONS.items()]
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
-    return torch.allclose(y, F.gelu(x), atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    return all(torch.allclose(*pair, atol=1e-6 if dtype == torch.float32 else 1e-2) for pair in found)

@@ -111,7 +111,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, batch: Packed, maps: Maps | None) -> Tensor:
         x = self.attention_norm(x + self.attention(x, batch, maps))
-        return self.feed_forward_norm(x + self.down(self.up(x, gelu=True)))  # type: ignore[no-any-return]
+        return self.feed_forward_norm(x + self.down(self.up(x, "gelu")))  # type: ignore[no-any-return]
 
 
 class MaskedLMHead(nn.Module):
@@ -125,7 +125,7 @@ class MaskedLMHead(nn.Module):
         self.packed = PackedWeight()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        x = self.norm(self.dense(x, gelu=True))
+        x = self.norm(self.dense(x, "gelu"))
         packed = self.packed.of(x, embedding)
         return F.linear(x, embedding, self.bias) if packed is None else linear(x, packed, self.bias)
 

@@ -117,7 +117,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, batch: Packed, turns: Turns | None, watch: "Watch | None") -> Tensor:
         x = x + self.attention(self.attention_norm(x), batch, turns, watch)
-        return x + self.down(self.up(self.feed_forward_norm(x), gelu=True))  # type: ignore[no-any-return]
+        return x + self.down(self.up(self.feed_forward_norm(x), "gelu"))  # type: ignore[no-any-return]
 
 
 class MaskedLMHead(nn.Module):
@@ -131,7 +131,7 @@ class MaskedLMHead(nn.Module):
         self.packed = PackedWeight()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        x = self.norm(self.dense(x, gelu=True))
+        x = self.norm(self.dense(x, "gelu"))
         packed = self.packed.of(x, embedding)
         return F.linear(x, embedding, self.bias) if packed is None else linear(x, packed, self.bias)
 

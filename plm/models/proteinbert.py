@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm.layers import Linear
+from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import convolution, global_attention
+from plm_kernels import convolution, global_attention, pack_filters
 
 PAD = 25
 
@@ -129,9 +129,11 @@ class Convolution(nn.Module):
         self.dilation = dilation
         self.weight = nn.Parameter(torch.empty(config.channels, config.channels, config.kernel))
         self.bias = nn.Parameter(torch.empty(config.channels))
+        self.packed = PackedWeight(pack_filters)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolution(x, self.weight, self.bias, dilation=self.dilation, gelu=True)
+        packed = self.packed.of(x, self.weight)
+        return convolution(x, self.weight, self.bias, "gelu", dilation=self.dilation, packed=packed)
 
 
 class GlobalAttention(nn.Module):
@@ -149,9 +151,9 @@ class GlobalAttention(nn.Module):
         """Also the weights ``[b, h, t]``."""
         b, t, c = x.shape
         rows = x.reshape(b * t, c)
-        q = self.query(y).tanh().view(b, self.heads, -1)
-        k = self.key(rows).tanh().view(b, t, self.heads, -1)
-        v = self.value(rows, gelu=True).view(b, t, self.heads, -1)
+        q = self.query(y, "tanh").view(b, self.heads, -1)
+        k = self.key(rows, "tanh").view(b, t, self.heads, -1)
+        v = self.value(rows, "gelu").view(b, t, self.heads, -1)
         mixed, weights = global_attention(q, k, v, scale=self.scale, keep=keep)
         return mixed.flatten(1), weights
 
@@ -176,13 +178,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, keep: Tensor | None, global_: bool) -> "States":
         """``global_``: whether the global track goes on as well."""
-        local_mid = self.local_norm1(x + self.to_local(y, gelu=True)[:, None] + self.narrow(x) + self.wide(x))
-        x = self.local_norm2(local_mid + self.local_dense(local_mid.flatten(0, 1), gelu=True).view_as(x))
+        local_mid = self.local_norm1(x + self.to_local(y, "gelu")[:, None] + self.narrow(x) + self.wide(x))
+        x = self.local_norm2(local_mid + self.local_dense(local_mid.flatten(0, 1), "gelu").view_as(x))
         if not global_:
             return States(local_mid, x, y, y, None)
         mixed, weights = self.attention(y, x, keep)
-        global_mid = self.global_norm1(y + self.global_dense1(y, gelu=True) + mixed)
-        y = self.global_norm2(global_mid + self.global_dense2(global_mid, gelu=True))
+        global_mid = self.global_norm1(y + self.global_dense1(y, "gelu") + mixed)
+        y = self.global_norm2(global_mid + self.global_dense2(global_mid, "gelu"))
         return States(local_mid, x, global_mid, y, weights)
 
 
@@ -313,7 +315,7 @@ class ProteinBERT(nn.Module):
             )
         if annotations is None or not (torch.is_grad_enabled() or annotations.any()):
             return F.gelu(self.annotations_in.bias).expand(count, -1)
-        return self.annotations_in(annotations.to(self.annotations_in.bias.dtype), gelu=True)  # type: ignore[no-any-return]
+        return self.annotations_in(annotations.to(self.annotations_in.bias.dtype), "gelu")  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of letters from local states: ``[n, c] -> [n, v]``."""
