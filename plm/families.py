@@ -10,16 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from plm import tokens, vocabularies
+from plm.esmfold import config as esmfold_config
+from plm.esmfold.model import ESMFold
 from plm.models import bert, esm, progen2, proteinbert, t5
 from plm_weights import KeyMap, TensorSource, Tied
 from plm_weights import bert as published_bert
 from plm_weights import esm as published_esm
+from plm_weights import esmfold as published_esmfold
 from plm_weights import progen2 as published_progen2
 from plm_weights import proteinbert as published_proteinbert
 from plm_weights import t5 as published_t5
 
 Network = esm.ESM | bert.BERT | t5.T5 | progen2.ProGen2 | proteinbert.ProteinBERT
-Config = esm.Config | bert.Config | t5.Config | progen2.Config | proteinbert.Config
+Config = esm.Config | bert.Config | t5.Config | progen2.Config | proteinbert.Config | esmfold_config.Config
 State = dict[str, Tensor]
 CONFIGURED = ("hub", "plm")  # layouts with a config.json beside the weights
 
@@ -93,7 +96,24 @@ def ankh_notice(config: t5.Config) -> str | None:
     return "Ankh's weights are published under CC BY-NC-SA 4.0: they may not be used commercially"
 
 
+def esmfold_network(config: esmfold_config.Config) -> Any:
+    return ESMFold(config, esm.ESM(esm.Config(**config.stem)))
+
+
 FAMILIES = (
+    Family(
+        name="esmfold",  # before esm, whose tensors it holds as well
+        network=esmfold_network,
+        config=esmfold_config.Config,
+        layout=published_esmfold.recognise,
+        read_config=lambda layout, settings, tensors: published_esmfold.hub_config(settings, tensors.meta),
+        key_map=lambda names, config: published_esmfold.key_map(names, asdict(config)),
+        hub_rows=lambda config: published_esmfold.hub_rows(asdict(config)),
+        hub_files=lambda config, dtype: {},
+        original_rows=lambda config: published_esmfold.original_rows(asdict(config)),
+        tokenizer=lambda config: vocabularies.esm_tokenizer(),
+        always_float32=frozenset({"stem.frequencies"}),
+    ),
     Family(
         name="esm",
         network=esm.ESM,

@@ -360,7 +360,7 @@ def test_cosines_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.skipif(not packing_available(), reason="this torch build has no oneDNN")
-@pytest.mark.parametrize("activation", ["none", "gelu", "tanh"])
+@pytest.mark.parametrize("activation", ["none", "gelu", "relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 52), (320, 960), (640, 33)])
 def test_packed_linear(inputs: int, outputs: int, activation: Activation) -> None:
     """Values as exact as torch's own, and the same bits for a row however many rows there are."""
@@ -371,7 +371,8 @@ def test_packed_linear(inputs: int, outputs: int, activation: Activation) -> Non
 
     def formula(dtype: torch.dtype) -> Tensor:
         y = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
-        return {"none": y, "gelu": y * 0.5 * (1 + torch.erf(y / 2**0.5)), "tanh": torch.tanh(y)}[activation]
+        gelu, sigmoid = y * 0.5 * (1 + torch.erf(y / 2**0.5)), 1 / (1 + torch.exp(-y))
+        return {"none": y, "gelu": gelu, "relu": y * (y > 0), "sigmoid": sigmoid, "tanh": torch.tanh(y)}[activation]
 
     with torch.inference_mode():
         whole = linear(x, packed, bias, activation)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
-Activation = Literal["none", "gelu", "tanh"]
+Activation = Literal["none", "gelu", "relu", "sigmoid", "tanh"]
 
 
 class Act(NamedTuple):
@@ -29,6 +29,8 @@ class Act(NamedTuple):
 ACTIVATIONS: Mapping[Activation, Act] = {
     "none": Act(lambda x: x, "none", ""),
     "gelu": Act(F.gelu, "gelu", "none"),  # the exact one, by erf
+    "relu": Act(F.relu, "relu", ""),
+    "sigmoid": Act(torch.sigmoid, "sigmoid", ""),
     "tanh": Act(torch.tanh, "tanh", ""),
 }
 LEAST = 4  # rows that are multiplied at once; fewer are filled up
