@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from plm_kernels import ACTIVATIONS, FEW, Activation, eight_bits, linear, linear_8bit, pack_weight
 
 _unchanged: ContextVar[object | None] = ContextVar("unchanged", default=None)
+_packing: ContextVar[bool] = ContextVar("packing", default=True)
 
 
 @contextmanager
@@ -25,6 +26,16 @@ def weights_unchanged(scope: object | None = None) -> Iterator[None]:
         yield
     finally:
         _unchanged.reset(token)
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """A scope in which no weight is packed, for networks so large that a second copy would not fit."""
+    token = _packing.set(False)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
 
 
 class PackedWeight:
@@ -43,7 +54,7 @@ class PackedWeight:
 
     def of(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The packed form of ``weight``, if ``x`` can use it: on a CPU, without gradients, in a dtype oneDNN packs."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _packing.get():
             return None
         if x.device.type != "cpu" or x.dtype != weight.dtype or weight.is_inference():
             return None

@@ -22,7 +22,7 @@ from plm.esmfold.pair import chunks
 from plm.esmfold.residues import LETTERS, tables
 from plm.esmfold.structure import Frames, StructureModule
 from plm.esmfold.trunk import Block
-from plm.layers import Linear
+from plm.layers import Linear, unpacked
 from plm.packing import Packed
 
 DISTANCES = 15  # ranges of the distance between two CB that a recycle is told
@@ -103,17 +103,16 @@ class ESMFold(nn.Module):
 
     def stem_states(self, batch: Packed) -> Tensor:
         """The learned mean of all states of the language model, ``[n, c]``: a running sum, never all of them."""
-        dtype = self.embed.weight.dtype
+        dtype, stem = self.embed.weight.dtype, self.stem
         weights = self.layer_weights.softmax(0)
-        stem = self.stem
-        x = stem.embed_tokens(batch)
-        turns = stem.turns(batch)
-        total = weights[0] * x
-        for weight, block in zip(weights[1:-1], stem.blocks, strict=False):
-            x = widened(block, dtype, x, batch, turns, None)
-            total += weight * x
-        x = widened(stem.blocks[-1], dtype, x, batch, turns, None)
-        return total + weights[-1] * stem.norm(x)  # type: ignore[no-any-return]
+        with unpacked():
+            x, turns = stem.embed_tokens(batch), stem.turns(batch)
+            total = weights[0] * x
+            for weight, block in zip(weights[1:-1], stem.blocks[:-1], strict=True):
+                x = widened(block, dtype, x, batch, turns, None)
+                total += weight * x
+            x = stem.norm(widened(stem.blocks[-1], dtype, x, batch, turns, None))
+        return total + weights[-1] * x  # type: ignore[no-any-return]
 
     def fold_one(self, chains: Chains, states: Tensor, passes: int, rows: int, keep_pairs: bool = False) -> Prediction:
         """One protein from the language model's states ``[l, c]`` of its residues."""

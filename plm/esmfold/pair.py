@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from plm.layers import Linear
 
 Rows = slice
+PRODUCT_ROWS = 64  # with fewer, a product of matrices spends more time on arranging its second factor than on itself
 
 
 def chunks(length: int, rows: int) -> Iterator[Rows]:
@@ -54,13 +55,16 @@ class TriangleMultiplication(nn.Module):
             sides[:, some] = gated.T.unflatten(1, (-1, length))
         a, b = sides.chunk(2)
 
-        def found(some: Rows) -> Tensor:
-            product = a[:, some] @ b.mT if self.outgoing else a[:, :, some].mT @ b  # [c, r, l]
-            y = self.product_norm(product.flatten(1).T)
-            gate = self.gate(self.norm(z[some]).flatten(0, 1), "sigmoid")
-            return (self.out(y) * gate).view(-1, length, c)  # type: ignore[no-any-return]
+        def found(block: Rows) -> Tensor:
+            product = a[:, block] @ b.mT if self.outgoing else a[:, :, block].mT @ b  # [c, r, l]
+            parts = []
+            for some in chunks(product.shape[1], rows):
+                y = self.product_norm(product[:, some].flatten(1).T)
+                gate = self.gate(self.norm(z[block][some]).flatten(0, 1), "sigmoid")
+                parts.append((self.out(y) * gate).view(-1, length, c))
+            return torch.cat(parts)
 
-        return add_rows(z, rows, found)
+        return add_rows(z, max(rows, PRODUCT_ROWS), found)
 
 
 class TriangleAttention(nn.Module):
