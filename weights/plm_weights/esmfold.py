@@ -71,8 +71,7 @@ def below(rows: Iterable[Row | Drop | Tied], prefix: str = "") -> KeyMap:
 
 def folding_rows(config: Mapping[str, Any]) -> KeyMap:
     """All but the language model: the same in both forms."""
-    block, ours = "trunk.blocks.{n}.", "blocks.{n}."
-    rows: list[Row | Drop | Tied] = [
+    return (
         Row("esm_s_combine", "layer_weights"),
         *affine("esm_s_mlp.0", "stem_transition.norm"),
         *affine("esm_s_mlp.1", "stem_transition.up"),
@@ -92,6 +91,15 @@ def folding_rows(config: Mapping[str, Any]) -> KeyMap:
         *affine("lddt_head.1", "confidence_head.first"),
         *affine("lddt_head.2", "confidence_head.second"),
         *affine("lddt_head.3", "confidence_head.out"),
+        *trunk_rows(config["channels"] // config["head_size"]),
+        *structure_rows(config["structure"]),
+    )
+
+
+def trunk_rows(heads: int) -> KeyMap:
+    """The blocks of the trunk."""
+    block, ours = "trunk.blocks.{n}.", "blocks.{n}."
+    rows: list[Row | Drop | Tied] = [
         *affine(f"{block}layernorm_1", f"{ours}attention_norm"),
         *affine(f"{block}pair_to_sequence.layernorm", f"{ours}pair_to_sequence.norm"),
         Row(f"{block}pair_to_sequence.linear.weight", f"{ours}pair_to_sequence.out.weight"),
@@ -99,7 +107,7 @@ def folding_rows(config: Mapping[str, Any]) -> KeyMap:
             f"{block}seq_attention.proj.weight",  # queries, keys and values of each head lie together
             f"{ours}attention.qkv.weight",
             "(h parts d) i -> (parts h d) i",
-            {"h": config["channels"] // config["head_size"], "parts": 3},
+            {"h": heads, "parts": 3},
         ),
         *affine(f"{block}seq_attention.g_proj", f"{ours}attention.gate"),
         *affine(f"{block}seq_attention.o_proj", f"{ours}attention.out"),
@@ -123,7 +131,7 @@ def folding_rows(config: Mapping[str, Any]) -> KeyMap:
         rows += stacked(f"{block}{theirs}.mha.linear_", ("q", "k", "v"), f"{ours}{name}.qkv", ("weight",))
         rows += affine(f"{block}{theirs}.mha.linear_g", f"{ours}{name}.gate")
         rows += affine(f"{block}{theirs}.mha.linear_o", f"{ours}{name}.out")
-    return (*rows, *structure_rows(config["structure"]))
+    return tuple(rows)
 
 
 def structure_rows(config: Mapping[str, Any]) -> KeyMap:
