@@ -1,8 +1,7 @@
 """torch's pickled checkpoints (``.bin``, ``.pt``, ``.pth``), read without running anything that lies in them.
 
-A pickle is a program for a small stack machine. ``unpickle`` is that machine without its dangerous half: a name that
-the pickle refers to becomes a :class:`Global`, which is nothing but the name, so there is never anything to import or
-to call. The few names that saved tensors need are interpreted here; any other name is refused.
+The pickles within them run on the harmless :class:`~plm_weights.pickle_machine.Machine`. The few names that saved
+tensors need are interpreted here; any other name is refused.
 
 Both containers that ``torch.save`` has written are read, little-endian only:
 
@@ -16,7 +15,6 @@ nobody asks for (two thirds of the published ESM-1b file are optimizer state) is
 from __future__ import annotations
 
 import io
-import pickletools
 import re
 import struct
 import zipfile
@@ -28,10 +26,11 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from plm_weights import pickle_machine
 from plm_weights.errors import CheckpointError
+from plm_weights.pickle_machine import Bounded, Global, Machine, as_count, as_counts, as_dict, fill
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-LONGEST_READ = 2**28  # bytes; the pickle of the largest checkpoint is a few megabytes
 
 STORAGES: dict[str, torch.dtype] = {
     "torch.DoubleStorage": torch.float64,
@@ -66,20 +65,6 @@ ALLOWED = {
     "collections.OrderedDict",
     "argparse.Namespace",
 }
-
-LITERALS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-CONSTANTS = {  # opcodes that push their argument
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-}
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name that a pickle refers to. It stands for itself: nothing is imported."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -126,7 +111,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _Bounded(io.FileIO(path)) as file:
+        with Bounded(io.FileIO(path)) as file:
             try:
                 self.root, storages, self._places = _open_zip(file) if file.peek(2)[:2] == b"PK" else _open_legacy(file)
                 for storage in storages:
@@ -151,23 +136,11 @@ class TorchFile:
 
 
 # what a damaged file makes of the code below and of zipfile, which raises NotImplementedError for a wrong version
-ERRORS = (ValueError, TypeError, LookupError, OSError, NotImplementedError, struct.error, zipfile.BadZipFile)
+ERRORS = (*pickle_machine.ERRORS, NotImplementedError, zipfile.BadZipFile)
 Places = dict[str, tuple[int, int]]  # storage key -> first byte in the file, bytes
 
 
-class _Bounded(io.BufferedReader):
-    """A file that refuses to be read in pieces so large that only a torn or hostile pickle asks for them."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > LONGEST_READ:
-            raise ValueError(f"its pickle claims an item of {size:,} bytes; it is torn or hostile")
-        return super().read(size)
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        return super().readline(LONGEST_READ)
-
-
-def _open_zip(file: _Bounded) -> tuple[object, list[Storage], Places]:
+def _open_zip(file: Bounded) -> tuple[object, list[Storage], Places]:
     end = file.seek(0, io.SEEK_END)
     places: Places = {}
     for record in zipfile.ZipFile(file).infolist():
@@ -201,7 +174,7 @@ def _open_zip(file: _Bounded) -> tuple[object, list[Storage], Places]:
     return root, storages, places
 
 
-def _open_legacy(file: _Bounded) -> tuple[object, list[Storage], Places]:
+def _open_legacy(file: Bounded) -> tuple[object, list[Storage], Places]:
     if unpickle(file)[0] != LEGACY_MAGIC or unpickle(file)[0] != LEGACY_PROTOCOL:
         raise ValueError("it is not a file of torch.save")
     system = unpickle(file)[0]
@@ -228,120 +201,46 @@ def _open_legacy(file: _Bounded) -> tuple[object, list[Storage], Places]:
     return root, storages, places
 
 
+class TorchPickle(Machine):
+    """The next pickle of a ``torch.save`` file, with tensors as :class:`StoredTensor`, and the storages it names."""
+
+    writer, content, allowed = "torch.save", "plain tensors", ALLOWED
+
+    def __init__(self) -> None:
+        self.storages: list[Storage] = []
+
+    def call(self, name: str, arguments: object) -> object:
+        """What the few calls of a saved tensor mean."""
+        match name, arguments:
+            case "collections.OrderedDict", ():
+                return {}
+            case "argparse.Namespace", ():
+                return Namespace()
+            case "torch._utils._rebuild_parameter", (StoredTensor() as tensor, *_):
+                return tensor
+            case "torch._utils._rebuild_tensor_v2", (Storage() as storage, offset, shape, stride, _, _, *rest):
+                return _tensor(storage, storage.dtype, offset, shape, stride, rest)
+            case "torch._utils._rebuild_tensor_v3", (
+                Storage() as storage, offset, shape, stride, _, _, Global(name=dtype), *rest
+            ) if dtype in DTYPES:  # fmt: skip
+                return _tensor(storage, DTYPES[dtype], offset, shape, stride, rest)
+        raise self.refusal(name)
+
+    def built(self, item: object, state: object) -> object:
+        if isinstance(item, Namespace):
+            fill(item, list(as_dict(state)), list(as_dict(state).values()))
+            return item
+        return as_dict(item)  # attributes of an OrderedDict (``_metadata`` of a state dict): not kept
+
+    def outside(self, identity: object) -> object:
+        self.storages.append(_storage(identity))
+        return self.storages[-1]
+
+
 def unpickle(file: IO[bytes]) -> tuple[object, list[Storage]]:
-    """The object of the next pickle in ``file``, with tensors as :class:`StoredTensor`, and the storages it names.
-
-    Raises: ValueError, LookupError or TypeError for anything that ``torch.save`` does not write for plain tensors.
-    """
-    stack: list[object] = []
-    marks: list[int] = []
-    memo: dict[int, object] = {}
-    storages: list[Storage] = []
-
-    def since_mark() -> list[object]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    for opcode, argument, _ in pickletools.genops(file):
-        match opcode.name:
-            case name if name in CONSTANTS:
-                stack.append(argument)
-            case name if name in LITERALS:
-                stack.append(LITERALS[name])
-            case "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append([] if opcode.name == "EMPTY_LIST" else {})
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
-                stack[-size:] = [tuple(stack[-size:])]
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "LIST":
-                stack.append(since_mark())
-            case "DICT":
-                items = since_mark()
-                stack.append({})
-                _fill(stack[-1], items[::2], items[1::2])
-            case "MARK":
-                marks.append(len(stack))
-            case "APPEND":
-                item = stack.pop()
-                _list(stack[-1]).append(item)
-            case "APPENDS":
-                items = since_mark()
-                _list(stack[-1]).extend(items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _fill(stack[-1], [key], [value])
-            case "SETITEMS":
-                items = since_mark()
-                _fill(stack[-1], items[::2], items[1::2])
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                memo[_count(argument)] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(memo[_count(argument)])
-            case "GLOBAL":
-                stack.append(_global(*str(argument).split(" ", 1)))
-            case "STACK_GLOBAL":
-                attribute, module = stack.pop(), stack.pop()
-                stack.append(_global(module, attribute))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_result(function, arguments))
-            case "BUILD":
-                state = stack.pop()
-                if isinstance(stack[-1], Namespace):
-                    _fill(stack[-1], list(_dict(state)), list(_dict(state).values()))
-                else:
-                    _dict(stack[-1])  # attributes of an OrderedDict (``_metadata`` of a state dict): not kept
-            case "BINPERSID":
-                storages.append(_storage(stack.pop()))
-                stack.append(storages[-1])
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop(), storages
-            case other:
-                told = f"{other} {argument or ''}"[:200].strip()
-                raise ValueError(f"its pickle has {told!r}, which torch.save does not write. Nothing in it was run")
-    raise ValueError("its pickle does not end")
-
-
-# No message below prints more of the pickle than strings and sizes: the repr of nested references can fill any memory.
-
-
-def _global(module: object, attribute: object) -> Global:
-    if not isinstance(module, str) or not isinstance(attribute, str):
-        raise TypeError("its pickle refers to a name that is not a string")
-    name = f"{module}.{attribute}"
-    if name not in ALLOWED:
-        raise ValueError(
-            f"its pickle refers to {name[:200]!r}, which no checkpoint of plain tensors needs. Nothing in it was run. "
-            "If you trust its author, load it with the program that wrote it and save the tensors as safetensors"
-        )
-    return Global(name)
-
-
-def _result(function: object, arguments: object) -> object:
-    """What the few calls of a saved tensor mean."""
-    name = function.name if isinstance(function, Global) else type(function).__name__
-    match name, arguments:
-        case "collections.OrderedDict", ():
-            return {}
-        case "argparse.Namespace", ():
-            return Namespace()
-        case "torch._utils._rebuild_parameter", (StoredTensor() as tensor, *_):
-            return tensor
-        case "torch._utils._rebuild_tensor_v2", (Storage() as storage, offset, shape, stride, _, _, *rest):
-            return _tensor(storage, storage.dtype, offset, shape, stride, rest)
-        case "torch._utils._rebuild_tensor_v3", (
-            Storage() as storage, offset, shape, stride, _, _, Global(name=dtype), *rest
-        ) if dtype in DTYPES:  # fmt: skip
-            return _tensor(storage, DTYPES[dtype], offset, shape, stride, rest)
-    raise ValueError(f"its pickle calls {name} with arguments that torch.save does not write")
+    """The object of the next pickle in ``file``, and the storages it names. Raises: as ``Machine.load``."""
+    machine = TorchPickle()
+    return machine.load(file), machine.storages
 
 
 def _tensor(
@@ -349,7 +248,7 @@ def _tensor(
 ) -> StoredTensor:
     if any(rest):
         raise ValueError("it holds a conjugated or negated view; save a plain tensor")
-    tensor = StoredTensor(storage, dtype, _count(offset), _counts(shape), _counts(stride))
+    tensor = StoredTensor(storage, dtype, as_count(offset), as_counts(shape), as_counts(stride))
     if len(tensor.shape) != len(tensor.stride) or len(tensor.shape) > 64:
         raise ValueError(f"it holds a tensor of {len(tensor.shape)} axes with {len(tensor.stride)} strides")
     reach = (tensor.offset + tensor.span) * dtype.itemsize if tensor.span else 0
@@ -364,37 +263,5 @@ def _storage(identity: object) -> Storage:
         case ("storage", Global(name=kind), str(key), _, count) | (
             "storage", Global(name=kind), str(key), _, count, None
         ) if kind in STORAGES:  # fmt: skip
-            return Storage(key, STORAGES[kind], _count(count))
+            return Storage(key, STORAGES[kind], as_count(count))
     raise ValueError("its pickle refers to something outside itself that is not the storage of a plain tensor")
-
-
-def _fill(target: object, keys: list[object], values: list[object]) -> None:
-    for key, value in zip(keys, values, strict=True):
-        # Hashing a tuple of nested references could take forever.
-        if not isinstance(key, str | bytes | int | float | None):
-            raise TypeError(f"its pickle has a {type(key).__name__} as the key of a dict")
-        _dict(target)[key] = value
-
-
-def _dict(value: object) -> dict[object, object]:
-    if not isinstance(value, dict):
-        raise TypeError(f"its pickle treats a {type(value).__name__} as a dict")
-    return value
-
-
-def _list(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise TypeError(f"its pickle treats a {type(value).__name__} as a list")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError("its pickle has something else where a count belongs")
-    return value
-
-
-def _counts(value: object) -> tuple[int, ...]:
-    if not isinstance(value, tuple):
-        raise TypeError(f"its pickle has a {type(value).__name__} where a shape belongs")
-    return tuple(map(_count, value))
