@@ -12,8 +12,15 @@ from torch import Tensor
 
 from plm.families import CONFIGURED, FAMILIES, Config, Family
 from plm.loading import Opened, choose_dtype, locate, open_checkpoint
-from plm.models import esm
-from plm_weights import CheckpointError, export_weights, write_fair_esm, write_safetensors, write_torch
+from plm.models import esm, proteinbert
+from plm_weights import (
+    CheckpointError,
+    export_weights,
+    write_fair_esm,
+    write_proteinbert,
+    write_safetensors,
+    write_torch,
+)
 from plm_weights.registry import Checkpoint
 
 Form = Literal["plm", "transformers", "original"]
@@ -62,6 +69,9 @@ def convert(
             - ProGen2: ``pytorch_model.bin`` with the causal masks that its authors' class stores ("transformers" stands
               for the class of the hub's ports, without them). The ports' models with more embedding than head rows have
               no such form.
+            - ProteinBERT: ``weights.pkl``, the pickle of float32 arrays that protein_bert's
+              ``load_pretrained_model_from_dump`` reads, without a state of the optimizer; beside it a ``config.json``,
+              which it does not read, as the pickle does not tell the dilation. It has no form for transformers.
         dtype: None keeps what is stored. The rotary frequencies always stay float32. A T5 may be stored in float16, as
             ProtT5's encoder was published, but ``load`` does not compute in it.
 
@@ -102,20 +112,24 @@ def planned(
 ) -> list[Path]:
     """The files that will be written, the weights last.
 
-    Raises: FileExistsError, NotADirectoryError; CheckpointError if the authors' code has no such model.
+    Raises: FileExistsError, NotADirectoryError; CheckpointError if the authors' code, or transformers, has no such
+    model.
     """
-    if to == "original" and (why := family_of(config).no_original(config)):
+    family = family_of(config)
+    if to == "original" and (why := family.no_original(config)):
         raise CheckpointError(f"{why}. Choose to='plm' or to='transformers'.")
+    if to == "transformers" and (why := family.no_hub(config)):
+        raise CheckpointError(f"{why}. Choose to='plm' or to='original'.")
     if to == "original" and isinstance(config, esm.Config):
         refuse_foreign_heads(config)
         weights = target if target.suffix == ".pt" else target / original_name(config, row)
         regression = weights.with_name(f"{weights.stem}-contact-regression.pt")
         files = [regression, weights] if config.contact_head else [weights]
     else:
-        if target.suffix in (".pt", ".bin", ".safetensors"):
+        if target.suffix in (".pt", ".bin", ".safetensors", ".pkl"):
             raise NotADirectoryError(f"{target} is named like a file, but several files are written; give a folder")
         texts = {"config.json": ""} if to == "plm" else hub_files(config)
-        weights = target / ("pytorch_model.bin" if to == "original" else "model.safetensors")
+        weights = target / (family.original_file if to == "original" else "model.safetensors")
         files = [*(target / name for name in {**texts, **tokenizer}), weights]
     if taken := [str(file) for file in files if file.exists()]:
         raise FileExistsError(f"{', '.join(taken)} would be replaced; remove it or choose another target")
@@ -174,12 +188,14 @@ def to_transformers(state: Mapping[str, Tensor], config: Config, folder: Path, t
 
 
 def to_original(state: Mapping[str, Tensor], config: Config, path: Path, tokenizer: Files = NO_FILES) -> None:
-    """fair-esm's ``.pt`` file and its contact regression, or a ``pytorch_model.bin`` with what lies beside it."""
+    """fair-esm's ``.pt`` file and its contact regression, or a ``.bin`` or ``.pkl`` with what lies beside it."""
     family = family_of(config)
     tensors = export_weights(family.original_rows(config), state) | family.original_extras(config)
     with made(path.parent):
         if isinstance(config, esm.Config):
             write_fair_esm(path, tensors, asdict(config))
+        elif isinstance(config, proteinbert.Config):
+            write_proteinbert(path, tensors, config.annotations, hub_files(config))
         else:
             write_torch(path, tensors, {**hub_files(config, state["embed.weight"].dtype), **tokenizer})
 

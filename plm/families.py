@@ -41,6 +41,7 @@ class Family:
     hub_files: Callable[[Mapping[str, Any], str], dict[str, str]]  # config, dtype: what transformers wants beside them
     original_rows: Callable[[Any], KeyMap]  # the tensors of the files that its authors published
     tokenizer: Callable[[Any], tokens.Tokenizer]
+    original_file: str = "pytorch_model.bin"  # what the authors' form is called, where it has a name of its own
     original_extras: Callable[[Any], State] = lambda config: {}  # what else their files hold, which is no weight
     no_hub: Callable[[Any], str | None] = lambda config: None  # why transformers could not read it
     no_original: Callable[[Any], str | None] = lambda config: None  # why their code could not read it
@@ -182,6 +183,7 @@ FAMILIES = (
         hub_files=lambda config, dtype: published_proteinbert.published_config(config),
         no_hub=lambda config: "transformers has no ProteinBERT",
         original_rows=lambda config: published_proteinbert.published_rows(asdict(config)),
+        original_file="weights.pkl",
         tokenizer=lambda config: vocabularies.proteinbert_tokenizer(),
     ),
 )

@@ -32,6 +32,7 @@ from plm_weights.registry import CHECKPOINTS, Checkpoint, find
 from plm_weights.vocabularies import published_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+HEADS = ("lm_head", "annotation_head")  # linear layers that are never kept in 8 bits
 EIGHT_BIT = "int8"  # not what is computed in: linear weights are kept in 8 bits, and all else is bfloat16
 ORIGINAL = ("original:", "fair-esm:")  # before a name: the authors' own files, not the hub's
 UNKNOWN = "unknown: see where the files came from"
@@ -173,11 +174,12 @@ def load(
             A tar archive of such a folder is unpacked into this library's cache, once.
             "original:" before a registry name ("original:esm2_t6_8M_UR50D"; of an ESM also "fair-esm:") takes the
             authors' own files, Meta's from torch's hub folder or from their addresses. Those in torch's hub folder
-            also serve where the hub is out of reach. The names of ProGen2 mean the authors' files, as those have
-            published hashes, and its hub ids ("hugohrban/progen2-medium") the hub's.
+            also serve where the hub is out of reach. The names of ProGen2 and ProteinBERT mean the authors' files, as
+            those have published hashes, and the hub ids ("hugohrban/progen2-medium", "GrimSqueaker/proteinBERT", a
+            Keras SavedModel) the hub's.
         device: "auto" (or None) takes CUDA where there is one, else the CPU.
         dtype: "auto" (or None) is float32 on a CPU and bfloat16 on CUDA; or a name, or a ``torch.dtype``. "int8" keeps
-            linear weights (the head's aside) in 8 bits with a scale per output, and computes in bfloat16. On a CPU that
+            linear weights (the heads' aside) in 8 bits with a scale per output, and computes in bfloat16. On a CPU that
             writes one sequence at a time the fastest (what reads many tokens at once keeps the weights in bfloat16
             beside them); on CUDA it saves memory, not time. It rounds weights by about 0.8 % of their size, where
             bfloat16 rounds them by 0.2 %.
@@ -237,7 +239,9 @@ def local_name(path: Path) -> str:
     """The name of a folder, or that of a file, unless it is what every such file is called."""
     if path.is_dir():
         return path.resolve().name
-    if path.name.partition(".")[0] in ("model", "pytorch_model"):
+    if path.name == "variables.index":  # of a SavedModel, in its folder of variables
+        return path.resolve().parents[1].name
+    if path.name.partition(".")[0] in ("model", "pytorch_model", "weights"):
         return path.parent.resolve().name
     return path.stem.removesuffix(".tar")
 
@@ -248,7 +252,7 @@ def build(opened: Opened, device: torch.device, dtype: torch.dtype, *, eight_bit
     with torch.device("meta"):
         net = family.network(opened.config)
     state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
-    narrow = [name for name, module in net.named_modules() if isinstance(module, Linear) and name != "lm_head"]
+    narrow = [name for name, module in net.named_modules() if isinstance(module, Linear) and name not in HEADS]
     as_stored = {f"{name}.weight" for name in narrow} if eight_bit else set()
     for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
         precision = torch.float32 if name in family.always_float32 else dtype
@@ -311,7 +315,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def find_weights(path: Path) -> Path:
-    """The weight file (or shard index) that ``path`` means: in a folder a complete set in hub form, or the only one.
+    """The weight file (or index) that ``path`` means: in a folder a complete set in hub form, or the only one.
 
     A tar archive is unpacked first.
     """
@@ -320,7 +324,7 @@ def find_weights(path: Path) -> Path:
     if files := weight_files(path):
         return files[0]
     found = "no weights"
-    for kind in (".index.json", ".safetensors", ".pt", ".pth", ".ckpt"):
+    for kind in (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".pkl"):
         files = tuple(file for file in sorted(path.glob(f"*{kind}")) if not file.stem.endswith("-contact-regression"))
         if len(files) == 1:
             return files[0]
@@ -329,7 +333,8 @@ def find_weights(path: Path) -> Path:
             break
     raise CheckpointError(
         f"{path} has {found}. Wanted: model.safetensors or pytorch_model.bin (whole, or shards with their index) "
-        "beside a config.json, or one file of weights, such as a fair-esm .pt."
+        "beside a config.json, or one file of weights, such as a fair-esm .pt or ProteinBERT's .pkl, or the variables "
+        "of a Keras SavedModel."
     )
 
 

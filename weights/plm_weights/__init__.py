@@ -2,7 +2,15 @@
 
 from plm_weights.errors import CheckpointError, DownloadError, KeyMapError, UnknownModelError
 from plm_weights.keymap import Drop, KeyMap, Row, Tied, check, explain, export_weights, import_weights
-from plm_weights.read import TensorSource, open_tensors, read_fair_esm, write_fair_esm, write_safetensors, write_torch
+from plm_weights.read import (
+    TensorSource,
+    open_tensors,
+    read_fair_esm,
+    write_fair_esm,
+    write_proteinbert,
+    write_safetensors,
+    write_torch,
+)
 
 __all__ = [
     "CheckpointError",
@@ -21,6 +29,7 @@ __all__ = [
     "open_tensors",
     "read_fair_esm",
     "write_fair_esm",
+    "write_proteinbert",
     "write_safetensors",
     "write_torch",
 ]

@@ -119,9 +119,13 @@ def read_config(layout: str, tensors: TensorSource) -> dict[str, Any]:
 
     That names the dilation of the wide convolution, which no shape tells; without it, it is the published one.
 
-    Raises: CheckpointError if the number of weights or a shape is that of no ProteinBERT, or the file contradicts them.
+    Raises: CheckpointError if the number of weights or a shape is that of no ProteinBERT, or if that file or the number
+    in the pickle contradicts them.
     """
     found = from_shapes(tensors.meta, "keras" if layout == "keras" else "pickle")
+    if (told := tensors.extras.get("n_annotations", found["annotations"])) != found["annotations"]:
+        has = found["annotations"]
+        raise CheckpointError(f"its first item says that it is for {told} annotations, but its weights are for {has}")
     folder = tensors.files[0].parent.parent if layout == "keras" else tensors.files[0].parent
     file = folder / "config.json"
     if not file.exists():

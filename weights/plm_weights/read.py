@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plm_weights.errors import CheckpointError
+from plm_weights.numpy_pickles import LONGEST_START, START, ArrayFile, dump
 from plm_weights.pickles import StoredTensor, TorchFile
+from plm_weights.saved_model import Bundle
 
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64",
@@ -32,8 +34,9 @@ class TensorSource(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name. Each access reads the file, so take a tensor once and let it go.
 
     ``meta`` gives names, shapes and dtypes without reading data. ``extras`` is what else the file holds: the
-    ``__metadata__`` of safetensors, or the non-tensor part of a pickle. A tensor of a safetensors file is a view of a
-    private memory map: to write into it, clone it.
+    ``__metadata__`` of safetensors, the non-tensor part of a pickle (``n_annotations`` of ProteinBERT's), or the names
+    of a SavedModel's variables that hold text. A tensor of a safetensors file is a view of a private memory map: to
+    write into it, clone it.
     """
 
     meta: dict[str, Tensor] = field(repr=False)
@@ -54,9 +57,11 @@ class TensorSource(Mapping[str, Tensor]):
 
 
 def open_tensors(path: str | Path) -> TensorSource:
-    """The tensors of a safetensors or ``torch.save`` file of any name, or of the shards of an ``.index.json``.
+    """The tensors of a safetensors or ``torch.save`` file of any name, or of the shards of an ``.index.json``; of
+    ProteinBERT's pickle of numpy arrays of any name, or of the ``variables.index`` of a Keras SavedModel.
 
     Of a pickle, the tensors are those of its ``"model"`` (fair-esm, fairseq) if it has one, else those at its top.
+    ProteinBERT's are called "000", "001" and so on.
 
     Raises: CheckpointError if a file is missing, torn, foreign or hostile.
     """
@@ -65,9 +70,13 @@ def open_tensors(path: str | Path) -> TensorSource:
         raise CheckpointError(f"{path} is not there (or not a file); give a checkpoint file")
     if path.name.endswith(".index.json"):
         return _open_shards(path)
+    if path.suffix == ".index":
+        return _open_bundle(path)
     with path.open("rb") as file:
-        head = file.read(9)
-    return _open_safetensors(path) if head[8:] == b"{" else _open_pickle(path)  # its header follows 8 bytes of length
+        head = file.read(LONGEST_START)
+    if head[8:9] == b"{":  # its header follows 8 bytes of length
+        return _open_safetensors(path)
+    return _open_arrays(path) if START.match(head) else _open_pickle(path)
 
 
 def read_fair_esm(path: str | Path) -> TensorSource:
@@ -131,6 +140,22 @@ def _open_pickle(path: Path) -> TensorSource:
     meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
     named = {str(name): value for name, value in extras.items()}
     return TensorSource(meta, named, (path,), lambda name: file.read(tensors[name]))
+
+
+def _open_arrays(path: Path) -> TensorSource:
+    file = ArrayFile(path)
+    arrays = {f"{place:03d}": array for place, array in enumerate(file.arrays)}
+    meta = {name: torch.empty(array.shape, device="meta") for name, array in arrays.items()}
+    return TensorSource(meta, {"n_annotations": file.annotations}, (path,), lambda name: file.read(arrays[name]))
+
+
+def _open_bundle(path: Path) -> TensorSource:
+    bundle = Bundle(path)
+    meta = {
+        name: torch.empty(variable.shape, dtype=variable.dtype, device="meta")
+        for name, variable in bundle.variables.items()
+    }
+    return TensorSource(meta, dict.fromkeys(bundle.texts), (path, *bundle.shards), bundle.read)
 
 
 def _open_shards(path: Path) -> TensorSource:
@@ -214,6 +239,27 @@ def write_torch(
     """
     content = {name: tensor.detach() for name, tensor in tensors.items()}
     _write(Path(path), lambda temporary: _save(content, temporary), beside or {})
+
+
+def write_proteinbert(
+    path: str | Path, tensors: Mapping[str, Tensor], annotations: int, beside: Mapping[str, str | bytes] | None = None
+) -> None:
+    """Write ProteinBERT's pickle, which its loader reads, and small files ``beside`` it by name: all or nothing.
+
+    ``tensors`` are called "000", "001" and so on, as ``open_tensors`` calls them; no state of an optimizer is written.
+
+    Raises: CheckpointError if one is not float32. OSError naming the files.
+    """
+    if others := sorted({str(tensor.dtype) for tensor in tensors.values()} - {"torch.float32"}):
+        told = ", ".join(others).replace("torch.", "")
+        raise CheckpointError(f"{path}: ProteinBERT's pickle holds float32, and these weights are {told}; convert them")
+    arrays = [tensors[name] for name in sorted(tensors, key=int)]
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            dump(file, annotations, arrays)
+
+    _write(Path(path), save, beside or {})
 
 
 def _write(path: Path, save: Callable[[Path], None], beside: Mapping[str, str | bytes]) -> None:

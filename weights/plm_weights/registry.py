@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plm_weights.checkpoints import Checkpoint, File, Form, bert, esm, progen2, t5
+from plm_weights.checkpoints import Checkpoint, File, Form, bert, esm, progen2, proteinbert, t5
 from plm_weights.errors import UnknownModelError
 
 __all__ = ["CHECKPOINTS", "Checkpoint", "File", "Form", "find", "header"]
 
-CHECKPOINTS: tuple[Checkpoint, ...] = (*esm.ROWS, *t5.ROWS, *bert.ROWS, *progen2.ROWS)
+CHECKPOINTS: tuple[Checkpoint, ...] = (*esm.ROWS, *t5.ROWS, *bert.ROWS, *progen2.ROWS, *proteinbert.ROWS)
 
 _BY_NAME = {name.casefold(): row for row in CHECKPOINTS for name in (row.name, *row.aliases)}
 _HEADERS = Path(__file__).with_name("headers")
@@ -38,7 +38,8 @@ def header(name: str, form: Form = "hub") -> dict[str, Tensor]:
     """Every tensor of a published checkpoint on ``meta``: names, shapes and dtypes without a download.
 
     The original form of an ESM is what lies under ``"model"`` in the ``.pt`` file, joined with its contact regression
-    if any; that of a ProGen2 is ``pytorch_model.bin`` with its causal masks, which the hub's ports have left out.
+    if any; that of a ProGen2 is ``pytorch_model.bin`` with its causal masks, which the hub's ports have left out; that
+    of ProteinBERT is its pickle, the hub's a SavedModel.
 
     Raises: ValueError if no header of that form is on file.
     """

@@ -23,12 +23,14 @@ Form = Literal["hub", "original"]
 
 @dataclass(frozen=True)
 class File:
-    """One published file; ``size`` in bytes. Any hash of ``sha256`` is accepted; none listed means none known."""
+    """One published file; ``size`` in bytes. Any hash of ``sha256`` is accepted; none listed means none known.
+    ``mirrors`` are other addresses of the same bytes."""
 
     name: str
     size: int | None = None
     sha256: tuple[str, ...] = ()
     url: str | None = None
+    mirrors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
