@@ -35,9 +35,10 @@ ADVICE = {
 }
 SIZES = {"f4": 4, "i8": 8}  # bytes
 MOST_AXES = 32  # of a numpy array
-# A number or none, then a list: how these begin, behind their protocol and, since protocol 4, the size of a frame.
-START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(?:K.|M..|J.{4})?\]", re.DOTALL)
-LONGEST_START = 17
+# A number or none, then a list: how these begin, behind their protocol, since protocol 4 the size of a frame, and the
+# mark of a tuple of more than three.
+START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\(?(?:K.|M..|J.{4})?\]", re.DOTALL)
+LONGEST_START = 18
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,11 @@ class _Pickler:
         self.again(name, b"c" + name.encode() + b"\n")
 
     def numbers(self, *values: int) -> None:
-        """A tuple of one to three whole numbers."""
-        self.put(b"".join(map(_whole, values)) + b"\x85\x86\x87"[len(values) - 1 :][:1])
+        """A tuple of up to three whole numbers. The empty one is not remembered."""
+        if values:
+            self.put(b"".join(map(_whole, values)) + (b"\x85", b"\x86", b"\x87")[len(values) - 1])
+        else:
+            self.file.write(b")")
 
     def again(self, name: str, first: bytes = b"") -> bool:
         """Write what was remembered under ``name``, or ``first`` if there is nothing yet."""

@@ -77,6 +77,14 @@ def weights(blocks: int) -> list[Weight]:
     return [Weight(place, *row) for place, row in enumerate(rows)]
 
 
+# What a model that was trained in Keras 2.15 is saved with.
+KEPT_BY_KERAS = (
+    Drop(f"save_counter{SUFFIX}", "how often Keras saved it"),
+    *(Drop(f"keras_api/metrics/{{i}}/{name}{SUFFIX}", "a metric of the training") for name in ("count", "total")),
+    *(Drop(f"optimizer/{name}{SUFFIX}", "the optimizer's") for name in ("_iterations", "_learning_rate")),
+    Drop(f"optimizer/_variables/{{i}}{SUFFIX}", "the optimizer's"),
+)
+
 NAMES: Mapping[str, Callable[[Weight], str]] = {
     "pickle": lambda weight: weight.pickled,
     "keras": lambda weight: weight.keras,
@@ -110,8 +118,7 @@ def published_rows(config: Mapping[str, Any], layout: Literal["pickle", "keras"]
         Row(name(weight), weight.target, weight.view, heads if "h" in weight.view else {})
         for weight in weights(config["layers"])
     )
-    counter = Drop(f"save_counter{SUFFIX}", "how often Keras saved it")
-    return (*rows, counter) if layout == "keras" else rows
+    return (*rows, *KEPT_BY_KERAS) if layout == "keras" else rows
 
 
 def read_config(layout: str, tensors: TensorSource) -> dict[str, Any]:
