@@ -138,9 +138,9 @@ def test_written_byte_for_byte_as_published(case: str, tmp_path: Path) -> None:
 
 def test_written_as_python_itself_would(tmp_path: Path) -> None:
     """Whatever the sizes: the same as pickle's, but for the name that numpy has had since 2."""
-    for weights, count in ((arrays(), 255), (arrays() * 30, 256), (arrays()[:2], 70_000)):
-        weights = [array.copy() for array in weights]  # of an array that comes again pickle would tell a number
-        theirs = content(weights, annotations=count)
+    several = [array for array in arrays() * 30 if array.size]  # no bytes at all are one object, told once
+    for weights, count in ((arrays(), 255), (several, 256), (arrays()[:2], 70_000)):
+        theirs = content([array.copy() for array in weights], annotations=count)  # as is an array that comes again
         ours = written(open_tensors(write(tmp_path / "theirs", theirs)), tmp_path / "ours")
         assert ours == theirs.replace(b"numpy._core", b"numpy.core")
 

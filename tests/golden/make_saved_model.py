@@ -4,7 +4,7 @@
 
 Run by hand where the original is installed (protein-bert 1.0.1, TensorFlow 2.15.1, Keras 2.15.0, numpy 1.26.4); no test
 needs it. The weights are those of tiny_2blocks/weights.pkl. Of what TensorFlow writes the variables are kept, and an
-empty file in place of saved_model.pb, the graph: 500 kB that nothing here reads.
+empty file in place of saved_model.pb, the graph: 700 kB that nothing here reads.
 """
 
 import json

@@ -165,7 +165,7 @@ def _table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     if content[-len(MAGIC) :] != MAGIC or len(content) < FOOTER:
         raise ValueError("it does not end as an index does; it is torn")
     footer = Reader(content[-FOOTER:])
-    footer.handle()  # of blocks with filters, which TensorFlow does not write
+    _block(content, footer.handle())  # it would list filters; TensorFlow writes none, and so only its checksum counts
     last = b""
     first = True
     for _, handle in _entries(_block(content, footer.handle())):
