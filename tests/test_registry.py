@@ -56,6 +56,7 @@ def test_every_checkpoint_of_the_families_has_a_row() -> None:
         *("igbert", "igbert-unpaired", "protbert", "protbert-bfd"),
         *("progen2-small", "progen2-medium", "progen2-oas", "progen2-base"),
         *("progen2-large", "progen2-bfd90", "progen2-xlarge"),
+        "proteinbert",
     ]
 
 
@@ -87,7 +88,7 @@ def test_names_are_unique_and_rows_well_formed() -> None:
             assert row.config and row.parameters and "doi:10." in row.citation, row.name
             assert row.revision or row.preferred == "original" or row.name == "esm2-15b", "nobody stated a commit of it"
     hashes = [sha256 for row in CHECKPOINTS for file in row.originals for sha256 in file.sha256]
-    assert len(hashes) == len(set(hashes)) == 19
+    assert len(hashes) == len(set(hashes)) == 20
     weights = [sha256 for row in CHECKPOINTS for file in row.files if "model" in file.name for sha256 in file.sha256]
     assert len(weights) == len(set(weights)) + 1 == 20, "two rows share a spiece.model"
 
@@ -124,6 +125,7 @@ def test_terms_of_use_are_told() -> None:
         ("progen2-BFD90", "progen2-bfd90"),
         ("progen2_medium", "progen2-medium"),
         ("hugohrban/progen2-bfd90", "progen2-bfd90"),
+        ("GrimSqueaker/proteinBERT", "proteinbert"),
     ],
 )
 def test_find_knows_the_names_in_use(name: str, expected: str) -> None:
@@ -185,7 +187,12 @@ def test_configuration_is_what_the_published_config_file_gives(row: Checkpoint) 
 
 @pytest.mark.parametrize(
     ("script", "table"),
-    [("make_headers", "MODELS"), ("make_headers_t5_bert", "HEADERS"), ("make_headers_progen2", "HEADERS")],
+    [
+        ("make_headers", "MODELS"),
+        ("make_headers_t5_bert", "HEADERS"),
+        ("make_headers_progen2", "HEADERS"),
+        ("make_headers_proteinbert", "HEADERS"),
+    ],
 )
 def test_headers_are_those_of_the_reference_libraries(script: str, table: str) -> None:
     make_headers = runpy.run_path(str(Path(__file__).parent / "golden" / f"{script}.py"))
@@ -291,7 +298,7 @@ def test_every_published_value_belongs_to_a_row() -> None:
             assert max(each.rows) < shape[0] and max(each.columns) < shape[1], (row.name, each)
             assert each.layer is None or each.layer <= int(row.config["layers"] or 0), (row.name, each)
             assert each.source and each.licence and each.because, (row.name, each)
-    unchecked = {"esm2-15b", "prostt5", "prostt5-fp16", "igt5", "igt5-unpaired"}
+    unchecked = {"esm2-15b", "prostt5", "prostt5-fp16", "igt5", "igt5-unpaired", "proteinbert"}
     assert {row.name for row in PUBLISHED if not row.checks} == unchecked
     assert sum(path.stat().st_size for path in files) < 120_000
 

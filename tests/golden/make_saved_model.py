@@ -3,8 +3,8 @@
     python tests/golden/make_saved_model.py
 
 Run by hand where the original is installed (protein-bert 1.0.1, TensorFlow 2.15.1, Keras 2.15.0, numpy 1.26.4); no test
-needs it. The weights are those of tiny_2blocks/weights.pkl. Of what TensorFlow writes the variables are kept, and an
-empty file in place of saved_model.pb, the graph: 700 kB that nothing here reads.
+needs it. The weights are those of tiny_2blocks/weights.pkl. Of what TensorFlow writes the variables are kept; the
+graph beside them is 700 kB that nothing here reads.
 """
 
 import json
@@ -27,5 +27,3 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         get_model_with_hidden_layers_as_outputs(model).save(folder)
         shutil.copytree(Path(folder) / "variables", target / "variables", dirs_exist_ok=True)
-        print({path.name: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()})
-    (target / "saved_model.pb").write_bytes(b"")
