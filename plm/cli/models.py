@@ -40,7 +40,7 @@ def describe(row: "Checkpoint") -> dict[str, object]:
         "parameters": row.parameters,
         "licence": row.licence,
         "citation": row.citation,
-        "source": (row.archive if row.preferred == "original" else row.hub) or "comes with plm",
+        "source": (row.archive or row.originals[0].url if row.preferred == "original" else row.hub) or "comes with plm",
         "revision": row.revision,
         "note": row.note,
         "pairs": row.pairs,
