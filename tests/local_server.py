@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def entries(self, folder: str) -> list[dict[str, object]]:
         return [
-            {"type": "file", "path": path.rpartition("/")[2], "size": len(body), "oid": sha256(body)[:40]}
+            {"type": "file", "path": path[len(folder) :].partition("/")[2], "size": len(body), "oid": sha256(body)[:40]}
             for path, body in self.site.files.items()
             if path.startswith(folder)
         ]
