@@ -99,7 +99,7 @@ def test_no_address_has_it(site: Site, row: Checkpoint) -> None:  # noqa: F811
 
 
 def test_a_file_of_the_original_is_used_where_it_lies(site: Site, row: Checkpoint, tmp_path: Path) -> None:  # noqa: F811
-    """Its loader keeps it in the home folder, under the published name. A torn one, which it does not see, is an error."""
+    """Its loader keeps it in the home folder, under the published name. A torn one is an error."""
     left = tmp_path / "home" / "proteinbert_models" / NAME
     left.parent.mkdir(parents=True)
     left.write_bytes(PICKLE)

@@ -279,6 +279,8 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
             b"K\x01q\x00" + LAUGHS + b"cnumpy\ndtype\nX\2\0\0\0f4\x89\x88\x87Rh<b",
             "calls a Dtype",
         ),
+        "a name of a tower": (b"K\x01q\x00" + LAUGHS + b"\x8c\5numpyh<\x93", "a name that is not a string"),
+        "a module of a tower": (b"K\x01q\x00" + LAUGHS + b"h<\x8c\5dtype\x93", "a name that is not a string"),
         "a list that holds itself": (b"]q\x00h\x00a", "no arrays"),
         "nothing": (b"", "0 of its|eof|malformed|arrays|list"),
     }.values(),

@@ -76,8 +76,12 @@ class ArrayPickle(Machine):
         return Span(end - len(value), len(value)) if isinstance(value, bytes) else value
 
     def named(self, module: object, attribute: object) -> Global:
-        if why := ADVICE.get(f"{module}.{attribute}" if isinstance(module, str) else ""):
-            raise ValueError(f"{why}; only 3 and 4 are read. Load it with Python and save it again with protocol=4")
+        told = isinstance(module, str) and isinstance(attribute, str)
+        if told and (why := ADVICE.get(f"{module}.{attribute}")):
+            raise ValueError(
+                f"{why}; only 3 and 4 are read. If you trust its author, load it with Python and save it again with "
+                "protocol=4"
+            )
         return super().named(module, attribute)
 
     def call(self, name: str, arguments: object) -> object:

@@ -11,7 +11,7 @@ ROWS: tuple[Checkpoint, ...] = (
     Checkpoint(
         name="proteinbert",
         family="proteinbert",
-        licence="MIT (README, setup.py and hub; no licence file)",
+        licence="MIT (no licence file)",
         citation="Brandes et al. 2022, Bioinformatics 38, 2102-2110, doi:10.1093/bioinformatics/btac020",
         aliases=spellings(
             "proteinbert",
