@@ -15,6 +15,8 @@ _HOMES = {
     "plm.loading": ("LicenceNotice", "Model", "available", "load"),
     "plm.packing": ("Packed",),
     "plm.embedding": ("embed",),
+    "plm.annotation": ("annotate",),
+    "plm.terms": ("Terms", "read_terms"),
     "plm.contact_maps": ("contacts",),
     "plm.generation": ("Piece", "Sample", "generate", "stream"),
     "plm.scoring": ("Score", "score"),
@@ -38,13 +40,16 @@ __all__ = [
     "Report",
     "Sample",
     "Score",
+    "Terms",
     "UnknownModelError",
+    "annotate",
     "available",
     "contacts",
     "convert",
     "embed",
     "generate",
     "load",
+    "read_terms",
     "score",
     "stream",
     "variants",
@@ -52,6 +57,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from plm.annotation import annotate
     from plm.contact_maps import contacts
     from plm.conversion import convert
     from plm.embedding import embed
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
     from plm.packing import Packed
     from plm.scoring import Score, score
     from plm.sequences import InputError
+    from plm.terms import Terms, read_terms
     from plm.variant_effects import variants
     from plm.verification import Report, verify
     from plm_weights.errors import CheckpointError, DownloadError, KeyMapError, UnknownModelError

@@ -32,7 +32,7 @@ def contact_rows(model: Model, rows: Sequence[bytes], *, max_tokens: int | None 
             f"{model.checkpoint.name} has no contact head, so it predicts no contacts; use esm1b or esm2-8m to esm2-15b"
         )
 
-    def forward(batch: Packed, rows: Sequence[bytes]) -> list[Tensor]:
+    def forward(batch: Packed, members: Sequence[int]) -> list[Tensor]:
         maps: list[Tensor] = model.net(batch, logits=False, contacts=True).contacts
         return maps
 

@@ -16,8 +16,8 @@ Proteins = str | tuple[str, str]
 """Residues; or the heavy and the light chain of an antibody, also written ``HEAVY|LIGHT``."""
 BAR = re.compile(r"(?<!<)\|(?!>)")  # between two chains, and not in a token such as ProGen2's <|bos|>
 T = TypeVar("T")
-Run = Callable[[Packed, Sequence[bytes]], list[Tensor]]
-"""One batch, and its sequences without the tokens around them, to one tensor per sequence."""
+Run = Callable[[Packed, Sequence[int]], list[Tensor]]
+"""One batch, and which of the rows it holds, to one tensor per sequence."""
 
 
 def as_list(model: Model, sequences: Proteins | Iterable[Proteins]) -> list[str]:
@@ -69,7 +69,14 @@ def choose_task(model: Model, task: str | None) -> str | None:
     return chosen
 
 
-def encode(model: Model, sequences: Sequence[str], *, task: str | None = None, hidden: bool = True) -> list[bytes]:
+def encode(
+    model: Model,
+    sequences: Sequence[str],
+    *,
+    task: str | None = None,
+    hidden: bool = True,
+    pad_to: int | None = None,
+) -> list[bytes]:
     """Residue ids of every sequence, one byte each, and the separator between two chains.
 
     ``hidden``: whether residues may be hidden, by ``<mask>`` or by a T5's ``<extra_id_0>``. Start and end tokens, task
@@ -78,12 +85,14 @@ def encode(model: Model, sequences: Sequence[str], *, task: str | None = None, h
     Letters that all published recipes of a model read as X are read as X: U, Z, O and B of ProtT5, ProstT5, IgT5 and
     the BERTs, which have tokens for them that were never trained.
 
+    ``pad_to``: the tokens that each sequence is to fill up with pads, those around it included (see `plm.context`).
+
     Raises:
         InputError: with every sequence that is empty, too long for the model, lacks a chain, or has a letter that the
             model does not know or a token that is no residue, and with the pairs among single chains or the reverse,
             before anything is computed.
     """
-    tokenizer, limit = model.tokenizer, model.net.config.max_length
+    tokenizer, limit = model.tokenizer, token_limit(model, pad_to)
     around = sum(map(len, tokenizer.frame(task)))
     as_x = str.maketrans(dict.fromkeys(tokenizer.rare, "X"))
     separator = b"" if tokenizer.separator is None else bytes([tokenizer.separator_id])
@@ -119,12 +128,22 @@ def encode(model: Model, sequences: Sequence[str], *, task: str | None = None, h
                 hint = f"give residues alone: {tokenizer.start} is put before them and {tokenizer.end} behind them"
             fault(i, f"{tokenizer.decode(tokens[:1])} is no residue", hint)
         elif limit is not None and len(row) + around > limit:
-            reason = f"{len(row):,} residues; {model.checkpoint.name} takes at most {limit - around:,}"
-            fault(i, reason, "cut the sequence into domains, or use ESM-2 or a T5, which have no limit")
+            taker, hint = (
+                model.checkpoint.name,
+                "cut the sequence into domains, or use ESM-2 or a T5, which have no limit",
+            )
+            if pad_to is not None:
+                taker, hint = f"pad_to={pad_to}", "pad to more, or leave it out: then each has its own length"
+            fault(i, f"{len(row):,} residues; {taker} takes at most {limit - around:,}", hint)
         rows.append(row)
     if faults:
         raise InputError("sequences", faults)
     return rows
+
+
+def token_limit(model: Model, pad_to: int | None = None) -> int | None:
+    """The most tokens that a sequence may have, those around it included; None where there is no limit."""
+    return model.net.config.max_length if pad_to is None else pad_to
 
 
 def foreign_tokens(tokenizer: Tokenizer, hidden: bool) -> bytes:
@@ -173,10 +192,12 @@ def run(
     *,
     task: str | None = None,
     max_tokens: int | None = None,
+    pad_to: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(index, result on the CPU) of every row, as batches finish, longest rows first.
 
-    A batch that does not fit into the device's memory is halved until it does.
+    A batch that does not fit into the device's memory is halved until it does. With ``pad_to`` every row costs as many
+    tokens.
 
     Raises:
         FloatingPointError: a result has a NaN or an infinity.
@@ -184,8 +205,8 @@ def run(
     """
     budget = default_max_tokens(model) if max_tokens is None else max_tokens
     around = sum(map(len, model.tokenizer.frame(task)))
-    groups = batches([len(row) + around for row in rows], budget)
-    for batch, results in halved(model, groups, lambda some: _forward(model, [rows[i] for i in some], forward, task)):
+    groups = batches([pad_to or len(row) + around for row in rows], budget)
+    for batch, results in halved(model, groups, lambda some: _forward(model, rows, some, forward, task)):
         for i, result in zip(batch, results, strict=True):
             check_finite(model, i, result)
             yield i, result
@@ -229,9 +250,10 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _forward(model: Model, rows: Sequence[bytes], forward: Run, task: str | None) -> list[Tensor]:
+def _forward(model: Model, rows: Sequence[bytes], some: Sequence[int], forward: Run, task: str | None) -> list[Tensor]:
     with torch.inference_mode():
-        results = forward(model.tokenizer.pack_residues(rows, task=task).to(model.device), rows)
+        batch = model.tokenizer.pack_residues([rows[i] for i in some], task=task)
+        results = forward(batch.to(model.device), some)
     # Copies made out here are ordinary tensors that a user's own layers can be trained on. Half-precision results widen
     # exactly, and then every numpy function takes them.
     return [result.to("cpu", torch.promote_types(result.dtype, torch.float32), copy=True) for result in results]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from plm import running
+from plm.context import Context, check_padding
 from plm.layers import Linear
 from plm.loading import Model
 from plm.models.progen2 import ProGen2
+from plm.models.proteinbert import ProteinBERT
 from plm.models.t5 import START, T5
 from plm.packing import Packed, batches
 from plm.running import Proteins
@@ -53,6 +55,8 @@ def score(
     *,
     how: How = "auto",
     task: str | None = None,
+    pad_to: int | None = None,
+    annotations: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> list[Score]:
     """Score one sequence or many, or pairs of chains.
@@ -67,8 +71,10 @@ def score(
       ``<pad> <extra_id_0>``, and the softmax is over all tokens but those in angle or square brackets. Ankh's own value
       is ``exp(mean)``, the geometric mean of the probabilities.
 
-    *Single-pass* (ESM and BERT) hides nothing: one pass, in which the model sees the residue that it judges. It is
-    fast, it is what some services call the log-likelihood, and it is not one.
+    *Single-pass* (ESM, BERT and ProteinBERT) hides nothing: one pass, in which the model sees the residue that it
+    judges. It is fast, it is what some services call the log-likelihood, and it is not one. It is ProteinBERT's only
+    score, as no token hides a residue from it: it learnt to name the true ones where 5 % of what it read were random
+    tokens, so a residue that does not fit is improbable though it is seen. The softmax is over all 26 tokens.
 
     *Likelihood* (ProGen2) is that of the protein read from N to C and that of the same read from C to N, averaged:
 
@@ -83,19 +89,25 @@ def score(
     one direction alone, for half the time.
 
     Args:
-        how: "auto" is the likelihood of ProGen2, and the pseudo-likelihood of the others.
+        how: "auto" is the likelihood of ProGen2, the single pass of ProteinBERT, and the pseudo-likelihood of the
+            others.
         task: as ``plm.embed``; Ankh's own code scores Ankh3 with "nlu", the default.
+        pad_to, annotations: of a ProteinBERT, as ``plm.embed``.
         max_tokens: tokens per batch; speed and memory, not results.
 
     Returns: one ``Score`` per sequence, in input order.
     Raises:
         InputError: as ``embed``.
-        ValueError: the checkpoint has no head or no decoder, or a model of its kind has no such score.
+        ValueError: the checkpoint has no head or no decoder, or a model of its kind has no such score, pads or
+            annotations.
     """
     texts = running.as_list(model, sequences)
     task = running.choose_task(model, task)
-    rows = running.encode(model, texts, task=task, hidden=False)
-    found = dict(score_rows(model, rows, how=how, task=task, max_tokens=max_tokens))
+    check_padding(model, pad_to)
+    rows = running.encode(model, texts, task=task, hidden=False, pad_to=pad_to)
+    found = dict(
+        score_rows(model, rows, how=how, task=task, pad_to=pad_to, annotations=annotations, max_tokens=max_tokens)
+    )
     return [found[i] for i in range(len(rows))]
 
 
@@ -105,12 +117,15 @@ def score_rows(
     *,
     how: How = "auto",
     task: str | None = None,
+    pad_to: int | None = None,
+    annotations: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """``score`` as a stream of (index, score) while they are computed; rows from ``running.encode``."""
     chosen = choose_how(model, how)
+    context = Context.of(model, len(rows), pad_to, annotations)
     if chosen == "single-pass":
-        yield from single_pass(model, rows, task, max_tokens)
+        yield from single_pass(context, rows, task, max_tokens)
     elif chosen == "pseudo-likelihood":
         yield from pseudo_likelihood(model, rows, task, max_tokens)
     else:
@@ -131,6 +146,10 @@ def choose_how(model: Model, how: How) -> MaskedHow | CausalHow:
             raise ValueError("a T5 has no single-pass score; choose 'pseudo-likelihood'")
         offered = offered[:1]
         model.net.need_decoder()
+    elif isinstance(model.net, ProteinBERT):
+        if how == "pseudo-likelihood":
+            raise ValueError(f"{name} has no token that hides a residue, so it has no {how!r}; choose 'single-pass'")
+        offered = offered[1:]
     elif model.net.lm_head is None:
         raise ValueError(f"{name} has no language-model head, so it gives no probabilities")
     if how == "auto":
@@ -144,15 +163,17 @@ def choose_how(model: Model, how: How) -> MaskedHow | CausalHow:
 
 
 def single_pass(
-    model: Model, rows: Sequence[bytes], task: str | None, max_tokens: int | None
+    context: Context, rows: Sequence[bytes], task: str | None, max_tokens: int | None
 ) -> Iterator[tuple[int, Score]]:
     """Log-probability of every residue where nothing is hidden."""
+    model = context.model
 
-    def forward(batch: Packed, some: Sequence[bytes]) -> list[Tensor]:
-        log_probs = own_log_probs(model.net(batch).logits, batch.tokens)
-        return [each[residue_places(model, row, task)] for each, row in zip(batch.split(log_probs), some, strict=True)]
+    def forward(batch: Packed, members: Sequence[int]) -> list[Tensor]:
+        logits = model.net.logits(context.encode(batch, members).hidden)
+        parts = zip(batch.split(own_log_probs(logits, batch.tokens)), members, strict=True)
+        return [each[residue_places(model, rows[i], task)] for each, i in parts]
 
-    for i, values in running.run(model, rows, forward, task=task, max_tokens=max_tokens):
+    for i, values in running.run(model, rows, forward, task=task, max_tokens=max_tokens, pad_to=context.pad_to):
         yield i, Score(values)
 
 

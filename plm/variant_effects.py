@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from plm import mutations, prefix, running
+from plm.context import Context, check_padding
 from plm.loading import Model
 from plm.models.esm import ESM
 from plm.models.progen2 import ProGen2
+from plm.models.proteinbert import ProteinBERT
 from plm.models.t5 import T5
 from plm.packing import Packed, batches
 from plm.running import Proteins
@@ -21,6 +23,7 @@ How = Literal["auto", "masked-marginals", "wt-marginals", "pseudo-ppl", "pseudo-
 MARGINALS = ("masked-marginals", "wt-marginals")
 ANY_LENGTH = ("pseudo-ppl", "likelihood")
 INDELS = "score insertions and deletions with how='pseudo-ppl' (--how pseudo-ppl), or with a ProGen2"
+WITH_PROGEN2 = "score insertions and deletions with a ProGen2, or with an ESM and how='pseudo-ppl'"
 
 
 def variants(
@@ -31,6 +34,7 @@ def variants(
     how: How = "auto",
     offset: int = 1,
     task: str | None = None,
+    pad_to: int | None = None,
     max_tokens: int | None = None,
 ) -> list[float]:
     """Score variants of a protein: a difference of natural logarithms, above 0 where the model prefers the variant.
@@ -42,7 +46,8 @@ def variants(
 
           sum of  log p(y_i | x without x_i) - log p(x_i | x without x_i)
 
-    - *wt-marginals* (the same): one pass in all, nothing hidden.
+    - *wt-marginals* (the same): one pass in all, nothing hidden. ProteinBERT's default and only one: it has no token
+      that hides a residue.
 
           sum of  log p(y_i | x) - log p(x_i | x)
 
@@ -71,7 +76,7 @@ def variants(
             says it all. "WT" is the wild type.
         how: "auto" is the default of the model's kind.
         offset: the number of the wild type's first residue.
-        task: as ``plm.embed``.
+        task, pad_to: as ``plm.embed``.
         max_tokens: tokens per batch; speed and memory, not results.
 
     Returns: one score per variant, in input order.
@@ -86,8 +91,9 @@ def variants(
     if len(texts) != 1:
         raise TypeError(f"the wild type is one sequence or pair; got {len(texts)}")
     wild_type = "".join(texts[0].split())
-    first, rows = encode(model, wild_type, names, how=how, offset=offset, task=task)
-    found = dict(variant_rows(model, first, rows, how=how, task=task, max_tokens=max_tokens))
+    check_padding(model, pad_to)
+    first, rows = encode(model, wild_type, names, how=how, offset=offset, task=task, pad_to=pad_to)
+    found = dict(variant_rows(model, first, rows, how=how, task=task, pad_to=pad_to, max_tokens=max_tokens))
     return [found[i] for i in range(len(rows))]
 
 
@@ -102,6 +108,11 @@ def choose_how(model: Model, how: How) -> How:
                 f"{name} reads in one direction and hides nothing, so it has no {how}; choose 'likelihood'"
             )
         return "likelihood"
+    if isinstance(net, ProteinBERT):
+        if how not in ("auto", "wt-marginals"):
+            why = "no likelihood" if how == "likelihood" else f"no token that hides a residue, so it has no {how}"
+            raise ValueError(f"{name} has {why}; choose 'wt-marginals'")
+        return "wt-marginals"
     if how == "likelihood":
         raise ValueError(f"{name} has no likelihood; choose 'pseudo-ppl', or a ProGen2")
     if how == "pseudo-ppl-published" and not isinstance(net, ESM):
@@ -116,18 +127,25 @@ def choose_how(model: Model, how: How) -> How:
 
 
 def encode(
-    model: Model, wild_type: str, names: Sequence[str], *, how: How, offset: int = 1, task: str | None = None
+    model: Model,
+    wild_type: str,
+    names: Sequence[str],
+    *,
+    how: How,
+    offset: int = 1,
+    task: str | None = None,
+    pad_to: int | None = None,
 ) -> tuple[bytes, list[bytes]]:
     """Residue ids of the wild type, and of every variant.
 
     Raises: InputError as ``variants``.
     """
-    (first,) = running.encode(model, [wild_type], task=task, hidden=False)
+    (first,) = running.encode(model, [wild_type], task=task, hidden=False, pad_to=pad_to)
     texts, faults = mutations.read(wild_type, names, offset)
     good = sorted(set(range(len(names))) - {fault.record - 1 for fault in faults})
     rows = []
     try:
-        rows = running.encode(model, [texts[i] for i in good], task=task, hidden=False)
+        rows = running.encode(model, [texts[i] for i in good], task=task, hidden=False, pad_to=pad_to)
     except InputError as error:
         places = [good[fault.record - 1] for fault in error.faults]
         faults += [replace(each, record=i + 1, id=names[i]) for i, each in zip(places, error.faults, strict=True)]
@@ -135,7 +153,8 @@ def encode(
     for i in good if how not in ANY_LENGTH else ():
         if (count := chain_lengths(texts[i])) != wanted:
             reason = f"{count} residues, the wild type has {wanted}; {how} takes equal lengths"
-            faults.append(Fault(reason, INDELS, record=i + 1, id=names[i]))
+            hint = WITH_PROGEN2 if isinstance(model.net, ProteinBERT) else INDELS
+            faults.append(Fault(reason, hint, record=i + 1, id=names[i]))
     if faults:
         raise InputError("variants", sorted(faults, key=lambda fault: fault.record))
     return first, rows
@@ -153,11 +172,13 @@ def variant_rows(
     *,
     how: How,
     task: str | None = None,
+    pad_to: int | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[int, float]]:
     """``variants`` as a stream of (index, score) while they are computed; rows from ``encode``, not "auto"."""
+    context = Context.of(model, 1, pad_to, None)
     if how in MARGINALS:
-        yield from marginals(model, wild_type, rows, how, task, max_tokens)
+        yield from marginals(context, wild_type, rows, how, task, max_tokens)
         return
     places: dict[bytes, list[int]] = {}
     for i, row in enumerate(rows):
@@ -177,9 +198,10 @@ def variant_rows(
 
 
 def marginals(
-    model: Model, wild_type: bytes, rows: Sequence[bytes], how: How, task: str | None, max_tokens: int | None
+    context: Context, wild_type: bytes, rows: Sequence[bytes], how: How, task: str | None, max_tokens: int | None
 ) -> Iterator[tuple[int, float]]:
     """Sums over the changed residues, from what is probable at each place of the wild type."""
+    model = context.model
     original = torch.tensor([*wild_type])
     changed = torch.tensor([*b"".join(rows)]).view(len(rows), len(wild_type))
     which, where = (changed != original).nonzero(as_tuple=True)
@@ -191,7 +213,7 @@ def marginals(
     if how == "masked-marginals":
         tables = hidden_log_probs(model, wild_type, places, task, max_tokens)
     else:
-        tables = seen_log_probs(model, wild_type, places)
+        tables = seen_log_probs(context, wild_type, places)
     for done, table in tables:
         here = torch.isin(where, torch.tensor(done))
         some, place = which[here], where[here]
@@ -248,14 +270,16 @@ def hidden_log_probs(
         yield [places[i] for i in group], table
 
 
-def seen_log_probs(model: Model, row: bytes, places: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+def seen_log_probs(context: Context, row: bytes, places: list[int]) -> Iterator[tuple[list[int], Tensor]]:
     """The same with nothing hidden, of all places from one pass."""
+    model = context.model
 
-    def forward(batch: Packed, some: Sequence[bytes]) -> list[Tensor]:
+    def forward(batch: Packed, members: Sequence[int]) -> list[Tensor]:
         first = len(model.tokenizer.frame()[0])
-        return [log_probs(model.net.logits(model.net.encode(batch).hidden[[first + place for place in places]]))]
+        hidden = context.encode(batch, members).hidden
+        return [log_probs(model.net.logits(hidden[[first + place for place in places]]))]
 
-    for _, table in running.run(model, [row] if places else [], forward):
+    for _, table in running.run(model, [row] if places else [], forward, pad_to=context.pad_to):
         yield places, table
 
 

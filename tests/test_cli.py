@@ -29,8 +29,8 @@ def test_help_and_usage_errors_come_without_torch() -> None:
     program = """
 import sys
 from plm.cli import main
-verbs = ("models", "embed", "contacts", "score", "generate", "convert", "verify", "doctor")
-assert [main([verb, "--help"]) for verb in verbs] == [0] * 8
+verbs = ("models", "embed", "contacts", "score", "generate", "annotate", "convert", "verify", "doctor")
+assert [main([verb, "--help"]) for verb in verbs] == [0] * 9
 assert main(["--help"]) == main(["--version"]) == 0
 assert [main(["nonsense"]), main(["embed", "MKT"]), main(["embed", "MKT", "-m", "x", "--dtype", "int4"])] == [2] * 3
 assert main(["embed", "MKT", "-m", "x"]) == main(["contacts", "MKT", "-m", "x"]) == 2

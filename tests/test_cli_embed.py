@@ -59,6 +59,7 @@ def test_provenance_says_how_each_number_came_about(run: Plm, fasta: str, tmp_pa
         "pooling": "max",
         "per_chain": False,
         "task": None,
+        "pad_to": None,
         "stored": "float16",
     }
 

@@ -23,13 +23,15 @@ VERBS = {
     "plm.variant_effects",
     "plm.prefix",
     "plm.embedding",
+    "plm.annotation",
+    "plm.context",
     "plm.contact_maps",
     "plm.conversion",
     "plm.verification",
     "plm.running",
     "plm.plots",
 }
-FILES = {"plm.sequences", "plm.outputs", "plm.mutations"}
+FILES = {"plm.sequences", "plm.outputs", "plm.mutations", "plm.terms"}
 OPTIONAL = ["h5py", "pyarrow", "matplotlib", "transformers", "esm", "einops.layers"]
 
 # The first prefix that fits a module says what of ours and of others it may import.
@@ -45,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.esmfold": {"torch", "einops", "plm_kernels", "plm.esmfold", *BASICS},
     "plm.sequences": {"plm.sequences"},
     "plm.mutations": {"plm.sequences"},
+    "plm.terms": {"plm.sequences"},
     "plm.outputs": {"torch", "numpy", "safetensors", "h5py", "pyarrow", "plm.outputs"},
     "plm.sampling": {"torch"},
     "plm.decoding": {"torch", "plm.sampling", *BASICS},

@@ -9,7 +9,7 @@ from oracle_t5 import randomise as randomise_t5
 
 import plm
 from plm.loading import Origin
-from plm.models import bert, progen2, t5
+from plm.models import bert, progen2, proteinbert, t5
 from plm.tokens import Tokenizer, checked
 from plm.vocabularies import (
     ankh3_tokenizer,
@@ -17,6 +17,7 @@ from plm.vocabularies import (
     bert_tokenizer,
     progen2_tokenizer,
     prostt5_tokenizer,
+    proteinbert_tokenizer,
     prott5_tokenizer,
 )
 
@@ -95,3 +96,21 @@ def progen2_model(dtype: torch.dtype = torch.float32, outputs: int = 32, max_len
     net = progen2.ProGen2(progen2.Config(max(32, outputs), outputs, 2, 40, 8, 4, 64, max_length)).requires_grad_(False)
     randomise_progen2(net, 0)
     return plm.Model(net.to(dtype).eval(), progen2_tokenizer(), origin("progen2"))
+
+
+PROTEINBERT = proteinbert.Config(26, 40, 3, 32, 64, 4, 16)
+
+
+def proteinbert_model(
+    dtype: torch.dtype = torch.float32, config: proteinbert.Config = PROTEINBERT, seed: int = 0
+) -> plm.Model:
+    """A ProteinBERT whose two tracks and pads all matter. Its padded lengths are the caller's choice."""
+    net = proteinbert.ProteinBERT(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in net.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + 0.2 * noise)
+        else:
+            parameter.copy_(noise if name == "embed.weight" else 1.4 * noise / parameter[0].numel() ** 0.5)
+    return plm.Model(net.to(dtype).eval(), proteinbert_tokenizer(), origin("proteinbert"))

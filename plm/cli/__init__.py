@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 import plm
+from plm.cli.annotate import annotate
 from plm.cli.contacts import contacts
 from plm.cli.convert import convert
 from plm.cli.doctor import doctor
@@ -36,7 +37,7 @@ def cli() -> None:
     """Protein language models: embeddings, scores, new sequences and more from published checkpoints."""
 
 
-for command in (models, embed, contacts, score, variants, generate, convert, verify, doctor):
+for command in (models, embed, contacts, score, variants, generate, annotate, convert, verify, doctor):
     cli.add_command(command)
 
 

@@ -13,14 +13,23 @@ from plm.cli.job import Job, choose_task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from plm.embedding import Pool
+    from plm.embedding import Layer, Pool
     from plm.outputs import Writer
     from plm.sequences import Reading
 
 # Written out, because asking the library would import torch.
 FORMATS = ("safetensors", "npz", "h5", "bio-h5", "parquet", "esm-pt", "csv", "tsv", "jsonl")
 STORED = ("float32", "float16", "float64")
-POOLS = ("mean", "max", "cls", "card", "none")
+POOLS = ("mean", "max", "cls", "card", "global", "none")
+
+
+def _layer(context: click.Context, option: click.Parameter, value: str) -> "Layer":
+    if value == "all":
+        return "all"
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor 'all'.", context, option) from None
 
 
 @click.command()
@@ -30,15 +39,35 @@ POOLS = ("mean", "max", "cls", "card", "none")
         type=click.Choice(POOLS),
         default="none",
         show_default=True,
-        help="One vector per protein; card counts what is between two chains as a residue, as IgBert's card does.",
+        help=(
+            "One vector per protein; card counts what is between two chains as a residue, as IgBert's card does; "
+            "global is ProteinBERT's own."
+        ),
     ),
     click.option("--per-chain", is_flag=True, help="Write the chains of a pair apart, as ID:heavy and ID:light."),
-    click.option("--layer", type=int, default=-1, show_default=True, help="0 are the embeddings, -1 the last layer."),
+    click.option(
+        "--layer",
+        callback=_layer,
+        default="-1",
+        metavar="NUMBER|all",
+        show_default=True,
+        help="0 are the embeddings, -1 the last layer; all (ProteinBERT): its norms and outputs side by side.",
+    ),
     options.task,
+    options.pad_to,
     click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix."),
     click.option("--store", type=click.Choice(STORED), default=STORED[0], show_default=True, help="What is written."),
 )
-def embed(job: Job, pool: str, per_chain: bool, layer: int, task: str | None, layout: str | None, store: str) -> int:
+def embed(
+    job: Job,
+    pool: str,
+    per_chain: bool,
+    layer: "Layer",
+    task: str | None,
+    pad_to: int | None,
+    layout: str | None,
+    store: str,
+) -> int:
     """Turn proteins into vectors.
 
     One vector per residue, or one per protein with --pool.
@@ -50,6 +79,7 @@ def embed(job: Job, pool: str, per_chain: bool, layer: int, task: str | None, la
       plm embed proteins.fasta.gz -m esm2-650m -o out.h5
       plm embed proteins.fasta -m ankh3-large --pool mean -o out.parquet
       plm embed pairs.csv --heavy-column vh --light-column vl -m igbert -o out.h5
+      plm embed proteins.fasta -m proteinbert --pool global --pad-to 512 -o out.parquet
       plm embed MKTAYIAKQRQISFVK -m plm-mini --pool mean
     """
     pooling: Pool | None = None if pool == "none" else pool  # type: ignore[assignment]  # click has checked it
@@ -60,7 +90,7 @@ def embed(job: Job, pool: str, per_chain: bool, layer: int, task: str | None, la
     job.keep_stdout_free("embeddings")
     reading = job.read(task)
 
-    def open_output(reading: "Reading", channels: int, layer: int, provenance: Mapping[str, object]) -> "Writer":
+    def open_output(reading: "Reading", channels: int, layer: "Layer", provenance: Mapping[str, object]) -> "Writer":
         entries = by_chain(reading) if per_chain else reading
         return open_writer(
             job.output,
@@ -70,28 +100,44 @@ def embed(job: Job, pool: str, per_chain: bool, layer: int, task: str | None, la
             channels=channels,
             dtype=store,
             pooled=pooling is not None,
-            layer=layer,
+            layer=None if layer == "all" else layer,
             provenance=provenance,
             overwrite=job.overwrite,
         )
 
-    from plm.embedding import embed_rows, layer_number, split_chains
+    from plm.embedding import channels, embed_rows, layer_number, split_chains
     from plm.outputs import LayoutError, open_writer
 
     try:
-        open_output(reading, 1, 0, {"pooling": pooling})  # what cannot be written fails before a model is loaded
+        # What cannot be written fails before a model is loaded.
+        open_output(reading, 1, "all" if layer == "all" else 0, {"pooling": pooling})
     except LayoutError as error:
         raise click.UsageError(str(error)) from None
     model = job.load()
     with usage("--layer"):
         number = layer_number(model, layer)
     task = choose_task(model, task)
-    reading, rows = job.encode(model, reading, task)
-    about = {"layer": number, "pooling": pooling, "per_chain": per_chain, "task": task, "stored": store}
-    writer = open_output(reading, model.net.config.channels, number, {**job.provenance(model, reading), **about})
+    reading, rows = job.encode(model, reading, task, pad_to=pad_to)
+    about = {
+        "layer": number,
+        "pooling": pooling,
+        "per_chain": per_chain,
+        "task": task,
+        "pad_to": pad_to,
+        "stored": store,
+    }
+    width = channels(model, number, pooling)
+    writer = open_output(reading, width, number, {**job.provenance(model, reading), **about})
     with usage("--pool"):
         results = embed_rows(
-            model, rows, layer=number, pool=pooling, task=task, per_chain=per_chain, max_tokens=job.max_tokens
+            model,
+            rows,
+            layer=number,
+            pool=pooling,
+            task=task,
+            per_chain=per_chain,
+            pad_to=pad_to,
+            max_tokens=job.max_tokens,
         )
 
     def put_chains(index: int, result: "Tensor") -> None:

@@ -101,21 +101,44 @@ class Job:
         with while_loading(self.dtype, self.quiet):
             return load(self.model, device=device, dtype=self.dtype, revision=self.revision, offline=self.offline)
 
-    def encode(self, model: "Model", reading: Reading, task: str | None = None) -> tuple[Reading, list[bytes]]:
+    def encode(
+        self,
+        model: "Model",
+        reading: Reading,
+        task: str | None = None,
+        *,
+        hidden: bool = True,
+        pad_to: int | None = None,
+    ) -> tuple[Reading, list[bytes]]:
         """The records that the model works on, and for each its residues as the model numbers them.
 
-        Raises: InputError with all that the model does not take, and where that is in the input.
+        Raises: InputError with all that the model does not take, and where that is in the input; click.BadParameter for
+            pads.
         """
+        from plm.context import check_padding
         from plm.running import encode
 
-        return self.prepare(model, reading, task, lambda sequences: encode(model, sequences, task=task))
+        with usage("--pad-to"):
+            check_padding(model, pad_to)
+
+        def each(sequences: list[str]) -> list[bytes]:
+            return encode(model, sequences, task=task, hidden=hidden, pad_to=pad_to)
+
+        return self.prepare(model, reading, task, each, pad_to)
 
     def prepare(
-        self, model: "Model", reading: Reading, task: str | None, each: Callable[[list[str]], list[T]]
+        self,
+        model: "Model",
+        reading: Reading,
+        task: str | None,
+        each: Callable[[list[str]], list[T]],
+        pad_to: int | None = None,
     ) -> tuple[Reading, list[T]]:
         """`encode`, with what ``each`` makes of the sequences in place of the residues."""
+        from plm.running import token_limit
+
         self._refuse_folded_states(model, reading, task)
-        records, limit = reading.records, model.net.config.max_length
+        records, limit = reading.records, token_limit(model, pad_to)
         try:
             prepared = each([record.sequence for record in records])
         except InputError as error:
@@ -131,7 +154,9 @@ class Job:
         if errors := [fault for fault in faults if fault.record not in skipped]:
             raise InputError(reading.source, errors)
         rest = [record for record in records if record.number not in skipped]
-        return self.prepare(model, replace(reading, records=rest, failed=[*reading.failed, *faults]), task, each)
+        return self.prepare(
+            model, replace(reading, records=rest, failed=[*reading.failed, *faults]), task, each, pad_to
+        )
 
     def _refuse_folded_states(self, model: "Model", reading: Reading, task: str | None) -> None:
         """Raises: click.UsageError if lower case, now upper case, meant structure states to the model (ProstT5)."""

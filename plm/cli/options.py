@@ -49,6 +49,11 @@ revision = click.option("--revision", help="Commit or branch on the hub.")
 offline = click.option("--offline", is_flag=True, help="Use only what is on this machine.")
 quiet = click.option("-q", "--quiet", is_flag=True, callback=_hide_downloads, help="On stderr only what went wrong.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+pad_to = click.option(
+    "--pad-to",
+    type=click.IntRange(min=3),
+    help="ProteinBERT: tokens of each protein with pads. 512 is the original at seq_len 512; default: no pads.",
+)
 task = click.option("--task", help="What the model is asked for: nlu, s2s (Ankh3), aa2fold, fold2aa (ProstT5), none.")
 
 _INPUT_AND_OUTPUT: tuple[Option, ...] = (

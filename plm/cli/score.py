@@ -28,15 +28,17 @@ DIRECTIONS = ("forward", "backward")
         default="auto",
         show_default=True,
         help=(
-            "pseudo-likelihood, auto for most: a pass per residue, which alone is hidden; single-pass hides none. "
+            "pseudo-likelihood, auto for most: a pass per residue, which alone is hidden; single-pass, auto for "
+            "ProteinBERT, hides none. "
             "likelihood, auto for ProGen2: the average of forward (N to C) and backward (C to N)."
         ),
     ),
     options.task,
+    options.pad_to,
     click.option("--per-residue", is_flag=True, help="List the logarithm for every residue, too (jsonl only)."),
     click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix."),
 )
-def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str | None) -> int:
+def score(job: Job, how: "How", task: str | None, pad_to: int | None, per_residue: bool, layout: str | None) -> int:
     """Tell how probable a model finds proteins.
 
     Natural logarithms of probabilities: log_likelihood is their sum over the residues, mean their average. A likelihood
@@ -54,7 +56,6 @@ def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str
     reading = job.read(task)
 
     from plm.outputs.rows import layout_of, open_rows
-    from plm.running import encode
     from plm.scoring import choose_how, score_rows
 
     with usage():
@@ -74,10 +75,8 @@ def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str
     task = choose_task(model, task)
     with usage():
         how = choose_how(model, how)
-    reading, rows = job.prepare(
-        model, reading, task, lambda sequences: encode(model, sequences, task=task, hidden=False)
-    )
-    writer = open_output(reading, how, {**job.provenance(model, reading), "how": how, "task": task})
+    reading, rows = job.encode(model, reading, task, hidden=False, pad_to=pad_to)
+    writer = open_output(reading, how, {**job.provenance(model, reading), "how": how, "task": task, "pad_to": pad_to})
 
     def put(index: int, found: "Score") -> None:
         row: dict[str, object] = {
@@ -93,5 +92,5 @@ def score(job: Job, how: "How", task: str | None, per_residue: bool, layout: str
             row["per_residue"] = [float(text) for text in found.per_residue.numpy().astype(str)]
         writer.write(index, [row])
 
-    results = score_rows(model, rows, how=how, task=task, max_tokens=job.max_tokens)
+    results = score_rows(model, rows, how=how, task=task, pad_to=pad_to, max_tokens=job.max_tokens)
     return job.report(model, reading, job.write(reading, writer, results, put))

@@ -69,9 +69,13 @@ def _models_given(context: click.Context, option: click.Parameter, names: tuple[
     type=click.Choice(HOW),
     default="auto",
     show_default=True,
-    help="auto: likelihood for ProGen2, else masked-marginals. pseudo-ppl and likelihood take any length.",
+    help=(
+        "auto: likelihood for ProGen2, wt-marginals for ProteinBERT, else masked-marginals. "
+        "pseudo-ppl and likelihood take any length."
+    ),
 )
 @options.task
+@options.pad_to
 @click.option("--assay-column", help="Column of measured values: say how the scores rank them (Spearman).")
 @click.option("--heatmap", metavar="PNG", help="Draw the single substitutions, too. With -o scan.png nothing else.")
 @click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix.")
@@ -91,6 +95,7 @@ def variants(
     offset: int,
     how: "How",
     task: str | None,
+    pad_to: int | None,
     assay_column: str | None,
     heatmap: str | None,
     layout: str | None,
@@ -150,12 +155,13 @@ def variants(
             raise click.UsageError(f"{' and '.join(sorted(ways))} have no common scale: choose models of one kind.")
         chosen, column = choose_task(model, task), model.checkpoint.name
         table.check_free([column, *scores])
-        scores[column] = score_table(job, model, table, way, chosen)
+        scores[column] = score_table(job, model, table, way, chosen, pad_to)
         sources.append(job.provenance(model, table.reading))
     if len(models) > 1:
         table.check_free(["mean"])
         scores["mean"] = [fmean(each) for each in zip(*scores.values(), strict=True)]
-    about: dict[str, object] = {"how": way, "task": chosen, "offset": offset, "wild_types": list(table.groups)}
+    about: dict[str, object] = {"how": way, "task": chosen, "pad_to": pad_to, "offset": offset}
+    about["wild_types"] = list(table.groups)
     provenance = {**sources[0], **about, **({"ensemble": sources} if len(models) > 1 else {})}
     with ExitStack() as stack:
         rows, picture = open_outputs(job, table, layout, drawing, list(scores), provenance)
@@ -205,18 +211,28 @@ def open_outputs(
     return rows, picture
 
 
-def score_table(job: Job, model: "Model", table: Table, how: "How", task: str | None) -> list[float]:
+def score_table(
+    job: Job, model: "Model", table: Table, how: "How", task: str | None, pad_to: int | None
+) -> list[float]:
     """A score for every row of the table, in its order.
 
     Raises: InputError with every variant that the model or ``how`` does not take, before anything is computed.
     """
+    from plm.context import check_padding
     from plm.variant_effects import encode, variant_rows
 
-    encoded = table.each(lambda wild, names: encode(model, wild, names, how=how, offset=table.offset, task=task))
+    with usage("--pad-to"):
+        check_padding(model, pad_to)
+
+    def each(wild_type: str, names: list[str]) -> tuple[bytes, list[bytes]]:
+        return encode(model, wild_type, names, how=how, offset=table.offset, task=task, pad_to=pad_to)
+
+    encoded = table.each(each)
     scores = [0.0] * len(table.assay.rows)
     with job.bar(len(scores), "variants") as bar:
         for places, (wild_type, rows) in zip(table.groups.values(), encoded, strict=True):
-            for i, score in variant_rows(model, wild_type, rows, how=how, task=task, max_tokens=job.max_tokens):
+            found = variant_rows(model, wild_type, rows, how=how, task=task, pad_to=pad_to, max_tokens=job.max_tokens)
+            for i, score in found:
                 scores[places[i]] = score
                 bar.update()
     return scores

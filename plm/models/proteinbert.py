@@ -259,13 +259,18 @@ class ProteinBERT(nn.Module):
 
         Raises: ValueError for a sequence longer than ``pad_to``; as ``forward``.
         """
-        width = batch.max_length if pad_to is None else pad_to
-        if batch.max_length > width:
-            raise ValueError(f"a sequence has {batch.max_length} tokens, more than pad_to={pad_to}; pad to more")
-        tokens = F.pad(batch.pad(batch.tokens, PAD), (0, width - batch.max_length), value=PAD)
-        lengths = None if pad_to else torch.tensor(batch.lengths, device=tokens.device)
+        tokens, lengths = padded(batch, pad_to)
         out = self.tracks(tokens, annotations, lengths=lengths, layer=layer, global_=global_)
         return Encoded(out.local[batch.sequence, batch.positions], out.global_)
+
+    def represent(self, batch: Packed, *, annotations: Tensor | None = None, pad_to: int | None = None) -> Encoded:
+        """The original's "hidden layers as outputs" ``[n, 2 l c + v]`` and ``[b, (2 l + 1) g + a]``; see `Output`.
+
+        Arguments and errors as those of ``encode``.
+        """
+        tokens, lengths = padded(batch, pad_to)
+        out = self(tokens, annotations, lengths=lengths, hidden_states=True)
+        return Encoded(out.local_representations[batch.sequence, batch.positions], out.global_representations)
 
     def tracks(
         self,
@@ -320,6 +325,18 @@ class ProteinBERT(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Logits of letters from local states: ``[n, c] -> [n, v]``."""
         return self.lm_head(x)  # type: ignore[no-any-return]
+
+
+def padded(batch: Packed, pad_to: int | None) -> tuple[Tensor, Tensor | None]:
+    """What ``forward`` takes: tokens ``[b, t]``, and unless pads are meant the lengths ``[b]``.
+
+    Raises: ValueError for a sequence longer than ``pad_to``.
+    """
+    width = batch.max_length if pad_to is None else pad_to
+    if batch.max_length > width:
+        raise ValueError(f"a sequence has {batch.max_length} tokens, more than pad_to={pad_to}; pad to more")
+    tokens = F.pad(batch.pad(batch.tokens, PAD), (0, width - batch.max_length), value=PAD)
+    return tokens, None if pad_to is not None else torch.tensor(batch.lengths, device=tokens.device)
 
 
 def pretraining_loss(

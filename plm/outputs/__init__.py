@@ -65,7 +65,7 @@ def open_writer(
     channels: int,
     dtype: str = "float32",
     pooled: bool,
-    layer: int,
+    layer: int | None,
     provenance: Mapping[str, object],
     overwrite: bool = False,
 ) -> Writer:
@@ -77,7 +77,7 @@ def open_writer(
         lengths: residues of each sequence.
         dtype: what is stored: float32, float16 or float64. Tensors of any float dtype are taken.
         pooled: whether an embedding is [c] instead of [length, c].
-        layer: number of the layer, as esm-pt writes it: 0 are the embeddings.
+        layer: number of the layer, as esm-pt writes it: 0 are the embeddings. None: it is not of one layer.
         provenance: stored inside the output as JSON, as it is given.
         overwrite: replace an existing target, when the new one is complete.
 

@@ -26,6 +26,8 @@ class EsmPtWriter(Writer):
 
     def __init__(self, target: Target, contents: Contents) -> None:
         super().__init__(target, contents)
+        if contents.layer is None:
+            raise LayoutError("esm-pt names a layer by its number, and this is of none; use .h5 or .safetensors")
         if contents.layer < 0:
             raise LayoutError(f"esm-pt counts layers from 0 (embeddings) up; got layer {contents.layer}")
         self._key = "representations"

@@ -29,7 +29,7 @@ class Contents:
     channels: int
     dtype: str  # a key of DTYPES
     pooled: bool  # one row [c] per sequence instead of [length, c]
-    layer: int
+    layer: int | None
     provenance: str  # a JSON object
 
     def shape(self, index: int) -> tuple[int, ...]:
