@@ -4,6 +4,7 @@ A library gets the ids that our network gets, reads the files by itself, and com
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from plm.families import Config, Network
 from plm.loading import Opened
-from plm.models import bert, esm, progen2, t5
+from plm.models import bert, esm, progen2, proteinbert, t5
 from plm.packing import Packed
+from plm_weights import Row
 
 Outputs = dict[str, Tensor]
-"""From the name of an output to its rows ``[n, ...]``, one per packed token."""
+"""From the name of an output to its rows ``[n, ...]``, one per packed token, or ``[b, ...]``, one per sequence."""
 
 # With what stands around a sequence, unusual residues and hidden ones; one residue last.
 SMOKE = {
@@ -45,18 +47,26 @@ SMOKE = {
         "1MXBUZOACDEFGHIKLNPQRSTVWY",
         "1",
     ),
+    "proteinbert": (
+        "MKTVRQERLKSIVRILERSKEPVSGAQLAEELSVSRQVIVQDIAYLRSLGYNIVATPRGYVLAGG",
+        "MKTVRQERLKSIMRILERSKEPVSYAQLAEELS",
+        "MXBUZOACDEFGHIKLNPQRSTVWY",
+        "M",
+    ),
 }
-PADDING = {"esm": 1, "bert": 0, "t5": 0, "progen2": 0}
+PADDING = {"esm": 1, "bert": 0, "t5": 0, "progen2": 0, "proteinbert": proteinbert.PAD}
 WRITTEN = 24  # tokens of the decoder's input, at most
 
 
 @dataclass(frozen=True)
 class Question:
-    """One batch, and for a T5 that has a decoder what its decoder reads."""
+    """One batch, for a T5 that has a decoder what its decoder reads, and for a ProteinBERT what is known of each
+    sequence ``[b, a]``."""
 
     batch: Packed
     decoder: Packed | None
     padding: int
+    annotations: Tensor | None = None
 
 
 def question_for(opened: Opened) -> Question:
@@ -68,14 +78,25 @@ def question_for(opened: Opened) -> Question:
     decoder = None
     if isinstance(config, t5.Config) and config.decoder_layers:
         decoder = Packed.from_ids([[t5.START, *row[: WRITTEN - 1].tolist()] for row in batch.split(batch.tokens)])
-    return Question(batch, decoder, PADDING[family])
+    annotations = None
+    if isinstance(config, proteinbert.Config):  # of the first sequence all, of the next every second, and so on
+        of_each = [torch.arange(config.annotations) % (i + 1) == 0 for i in range(len(batch))]
+        annotations = torch.stack(of_each).float()
+    return Question(batch, decoder, PADDING[family], annotations)
 
 
 @torch.inference_mode()
 def ours(net: Network, question: Question) -> Outputs:
-    """What our network computes, in its dtype and on its device; the hidden states of a T5 are the encoder's."""
+    """What our network computes, in its dtype and on its device; the hidden states of a T5 are the encoder's.
+
+    A ProteinBERT gets pads up to the longest sequence, and tells its states and outputs as its authors' code lines them
+    up.
+    """
     device = net.embed.weight.device
     batch = question.batch.to(device)
+    if isinstance(net, proteinbert.ProteinBERT) and question.annotations is not None:
+        both = net.represent(batch, annotations=question.annotations.to(device), pad_to=batch.max_length)
+        return {"local representations": both.hidden, "global representations": both.global_}
     if question.decoder is not None:
         out = net(batch, decoder=question.decoder.to(device))
         return {"hidden states": out.encoder_hidden, "logits": out.logits}
@@ -87,8 +108,15 @@ def ours(net: Network, question: Question) -> Outputs:
 @torch.inference_mode()
 def theirs(opened: Opened, question: Question, dtype: torch.dtype) -> tuple[str, Outputs] | None:
     """The library that the files were published for, and what it computes; None if it is not there to read them."""
+    if opened.layout == "plm":
+        return None
+    if isinstance(opened.config, proteinbert.Config):
+        if not (installed("protein-bert") and (installed("tensorflow") or installed("tensorflow-cpu"))):
+            return None
+        states = protein_bert(opened, opened.config, question, dtype)
+        return ("protein-bert", states) if states else None
     name, ask = ("fair-esm", fair_esm) if opened.layout == "fair" else ("transformers", transformers)
-    if opened.layout == "plm" or not installed(name):
+    if not installed(name):
         return None
     if isinstance(opened.config, progen2.Config):
         return f"GPT-J of {name}", gptj(opened, opened.config, question, dtype)
@@ -230,3 +258,45 @@ def fair_esm(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs 
     name = "esm2" if config.learned_positions is None else "esm1b" if config.norm_before else "esm1v"
     net, _ = load_model_and_alphabet_core(f"{name}_any", model, contacts[0] if contacts else None)
     return {"logits": net.to(dtype).eval()(ids)["logits"][mask]}
+
+
+def protein_bert(opened: Opened, config: proteinbert.Config, question: Question, dtype: torch.dtype) -> Outputs | None:
+    """The original on Keras, which is given the files' arrays in their own order: that of its ``set_weights``.
+
+    It pads all sequences to the longest. None of its models has another epsilon than Keras' own.
+    """
+    import tensorflow
+    from proteinbert.conv_and_global_attention_model import create_model, get_model_with_hidden_layers_as_outputs
+
+    if config.norm_eps != 1e-3:
+        return None
+    with suppress(RuntimeError):  # too late where it has run before
+        tensorflow.config.set_visible_devices([], "GPU")  # of which it would take all memory
+    keras = tensorflow.keras
+    ids, mask = padded(question)
+    policy = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(str(dtype).removeprefix("torch."))  # in which each of its layers is made
+    sizes = {
+        "vocab_size": config.vocabulary,
+        "n_annotations": config.annotations,
+        "d_hidden_seq": config.channels,
+        "d_hidden_global": config.global_channels,
+        "n_blocks": config.layers,
+        "n_heads": config.heads,
+        "d_key": config.key_size,
+        "conv_kernel_size": config.kernel,
+        "wide_conv_dilation_rate": config.dilation,
+    }
+    assert question.annotations is not None
+    try:
+        with tensorflow.device("CPU"):
+            net = create_model(ids.shape[1], **sizes)
+            net.set_weights([opened.tensors[str(row.source)].numpy() for row in opened.rows if isinstance(row, Row)])
+            given = [ids.int().numpy(), question.annotations.numpy()]
+            local, both = get_model_with_hidden_layers_as_outputs(net)(given, training=False)
+    finally:
+        keras.mixed_precision.set_global_policy(policy)
+    return {
+        "local representations": torch.tensor(local.numpy().astype("float32"))[mask],
+        "global representations": torch.tensor(both.numpy().astype("float32")),
+    }

@@ -32,7 +32,8 @@ VERBS = {
     "plm.plots",
 }
 FILES = {"plm.sequences", "plm.outputs", "plm.mutations", "plm.terms"}
-OPTIONAL = ["h5py", "pyarrow", "matplotlib", "transformers", "esm", "einops.layers"]
+PEERS = {"transformers", "esm", "tensorflow", "proteinbert"}
+OPTIONAL = ["h5py", "pyarrow", "matplotlib", *sorted(PEERS), "einops.layers"]
 
 # The first prefix that fits a module says what of ours and of others it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.families": {"torch", "plm_weights", "plm.models", "plm.esmfold", *BASICS},
     "plm.loading": {"torch", "plm_weights", "plm.families", *BASICS},
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", *BASICS},
-    "plm.peers": {"torch", "plm.families", "plm.loading", "plm.models", *BASICS, "transformers", "esm"},
+    "plm.peers": {"torch", "plm_weights", "plm.families", "plm.loading", "plm.models", *BASICS, *PEERS},
     "plm.verification": {"torch", "plm_weights", "plm.loading", "plm.peers", "plm.scoring", *BASICS},
     "plm.prefix": {"torch", "plm_kernels", "plm.loading", "plm.models", "plm.running", *BASICS},
     "plm.ranks": {"numpy"},

@@ -24,7 +24,8 @@ def verify(
 ) -> int:
     """Check a model against published numbers.
 
-    SOURCE is a name, hub id, folder or file. Where transformers or fair-esm is installed, it is compared with, too.
+    SOURCE is a name, hub id, folder or file. Where transformers, fair-esm or protein-bert (and TensorFlow) is
+    installed, it is compared with, too.
 
     The exit code is 5 if a number is out of its tolerance, or if there is none to compare with.
     """
