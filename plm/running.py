@@ -148,7 +148,7 @@ def token_limit(model: Model, pad_to: int | None = None) -> int | None:
 
 def foreign_tokens(tokenizer: Tokenizer, hidden: bool) -> bytes:
     """Ids that no sequence may have: what stands around or between residues, and unless ``hidden`` all but letters."""
-    around = {tokenizer.start, tokenizer.end, tokenizer.separator, "<pad>", "[PAD]"}
+    around = {tokenizer.start, tokenizer.end, tokenizer.separator, "<pad>", "[PAD]", "<PAD>"}
     around |= {task.prefix for task in tokenizer.tasks.values()}
     around |= {token for token in tokenizer.vocabulary if token.startswith("<|")}  # ProGen2's, and tags of its ports
     return bytes(
