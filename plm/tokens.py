@@ -221,6 +221,8 @@ class Tokenizer:
             return "'*' is a stop codon: cut the sequence there."
         if letter == "|":
             return "'|' stands between the chains of a pair, and this model takes single chains."
+        if letter in "BJOZ" and self.unknown == "<OTHER>":
+            return "Write <OTHER> in its place: ProteinBERT's own code reads it so."
         if letter in "XUZOB" and any(UNCONFIRMED.fullmatch(token) for token in self.vocabulary):
             return "Its id may be in the checkpoint's tokenizer.json or spiece.model: put it beside the weights."
         return ""

@@ -13,6 +13,8 @@ from plm.models.bert import BERT
 from plm.models.bert import Config as BertConfig
 from plm.models.progen2 import Config as ProGen2Config
 from plm.models.progen2 import ProGen2
+from plm.models.proteinbert import Config as ProteinBERTConfig
+from plm.models.proteinbert import ProteinBERT
 from plm.models.t5 import T5
 from plm.models.t5 import Config as T5Config
 from plm_weights import write_safetensors
@@ -20,6 +22,7 @@ from plm_weights import write_safetensors
 GOLDEN = Path(__file__).parent / "golden" / "esm"
 ESM2, ESM1B = str(GOLDEN / "esm2_tiny"), str(GOLDEN / "esm1b_tiny")  # rotary; learned positions, at most 1,022 residues
 PROTEINS = {"P1": "MKTAYIAKQRQISFVKSHFSRQ", "P2": "M", "P3": "MXBUZO" + "ACDEFGHIKLNPQRSTVWY" * 3}
+KNOWN = PROTEINS | {"P3": PROTEINS["P3"].replace("MXBUZO", "MXU")}  # to ProteinBERT, which has no B, Z and O
 SEQUENCE = PROTEINS["P1"]
 FASTA = "".join(f">{id} a header\n{sequence}\n" for id, sequence in PROTEINS.items())
 
@@ -47,10 +50,18 @@ def save_tiny_progen2(folder: Path, *, positions: int = 80) -> str:
     return save(folder, ProGen2(config), "progen2", asdict(config))
 
 
+def save_tiny_proteinbert(folder: Path, *, annotations: int = 40) -> str:
+    """A random ProteinBERT in this library's own form."""
+    config = ProteinBERTConfig(26, annotations, 2, 16, 32, 4, 8)
+    return save(folder, ProteinBERT(config), "proteinbert", asdict(config))
+
+
 def save(folder: Path, net: torch.nn.Module, family: str, config: dict[str, object]) -> str:
     random = torch.Generator().manual_seed(0)
     state = {
-        name: torch.ones_like(tensor) if "norm.weight" in name else torch.randn(tensor.shape, generator=random) / 4
+        name: torch.ones_like(tensor)
+        if "norm" in name and name.endswith("weight")
+        else torch.randn(tensor.shape, generator=random) / 4
         for name, tensor in net.state_dict().items()
     }
     settings = json.dumps({"format": "plm", "family": family, "config": config})

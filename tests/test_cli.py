@@ -17,7 +17,7 @@ from command_line import ESM2, PROTEINS, SEQUENCE, Plm, no_model_is_loaded, outp
 from safetensors.torch import load_file
 
 import plm
-from plm.cli import contacts, convert, embed, generate, options, score
+from plm.cli import annotate, contacts, convert, embed, generate, options, score
 from plm.cli.table import table
 from plm.outputs import FORMATS, read_embeddings
 
@@ -50,17 +50,23 @@ def test_written_out_choices_are_those_of_the_library() -> None:
     from plm.outputs.writer import DTYPES as STORED
     from plm.scoring import How
 
-    command_modules = {name: sys.modules[f"plm.cli.{name}"] for name in ("embed", "score", "generate", "convert")}
+    command_modules = {
+        name: sys.modules[f"plm.cli.{name}"] for name in ("embed", "score", "generate", "annotate", "convert")
+    }
     assert command_modules["embed"].FORMATS == FORMATS
     assert set(command_modules["embed"].STORED) == set(STORED)
     assert (*get_args(Pool), "none") == command_modules["embed"].POOLS
     assert get_args(How) == command_modules["score"].HOW
+    annotate = command_modules["annotate"]
+    assert set(annotate.LISTS + annotate.VECTORS) == set(FORMATS) - {"esm-pt"} and set(annotate.LISTS) < set(LAYOUTS)
     assert set(command_modules["score"].FORMATS) < set(LAYOUTS) == set(command_modules["generate"].FORMATS)
     assert get_args(Form) == command_modules["convert"].FORMS
     assert ("auto", *DTYPES) == options.DTYPES and (*options.DTYPES, EIGHT_BIT) == options.LOADED
 
 
-@pytest.mark.parametrize("command", [embed, contacts, score, generate, convert], ids=lambda command: command.name)
+@pytest.mark.parametrize(
+    "command", [embed, contacts, score, generate, annotate, convert], ids=lambda command: command.name
+)
 def test_every_option_has_help(command: click.Command) -> None:
     assert [option.name for option in command.params if isinstance(option, click.Option) and not option.help] == []
 
