@@ -18,8 +18,10 @@ _HOMES = {
     "plm.annotation": ("annotate",),
     "plm.terms": ("Terms", "read_terms"),
     "plm.contact_maps": ("contacts",),
+    "plm.folding": ("fold",),
     "plm.generation": ("Piece", "Sample", "generate", "stream"),
     "plm.scoring": ("Score", "score"),
+    "plm.structures": ("Structure",),
     "plm.variant_effects": ("variants",),
     "plm.conversion": ("convert",),
     "plm.verification": ("Report", "verify"),
@@ -40,6 +42,7 @@ __all__ = [
     "Report",
     "Sample",
     "Score",
+    "Structure",
     "Terms",
     "UnknownModelError",
     "annotate",
@@ -47,6 +50,7 @@ __all__ = [
     "contacts",
     "convert",
     "embed",
+    "fold",
     "generate",
     "load",
     "read_terms",
@@ -61,11 +65,13 @@ if TYPE_CHECKING:
     from plm.contact_maps import contacts
     from plm.conversion import convert
     from plm.embedding import embed
+    from plm.folding import fold
     from plm.generation import Piece, Sample, generate, stream
     from plm.loading import LicenceNotice, Model, available, load
     from plm.packing import Packed
     from plm.scoring import Score, score
     from plm.sequences import InputError
+    from plm.structures import Structure
     from plm.terms import Terms, read_terms
     from plm.variant_effects import variants
     from plm.verification import Report, verify

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from plm.esmfold.model import ESMFold
 from plm.loading import Model
 from plm.packing import Packed, batches
 from plm.sequences import Fault, InputError
@@ -47,6 +48,14 @@ def as_list(model: Model, sequences: Proteins | Iterable[Proteins]) -> list[str]
             )
         texts.append(text.replace(separator, "|"))
     return texts
+
+
+def need_language_model(model: Model) -> None:
+    """Raises: ValueError if the model gives no states and no likelihoods, but structures."""
+    if isinstance(model.net, ESMFold):
+        raise ValueError(
+            f"{model.checkpoint.name} predicts structures alone: use plm.fold, or load its language model, esm2-3b"
+        )
 
 
 def is_pair(value: tuple[object, ...]) -> bool:

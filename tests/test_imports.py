@@ -26,6 +26,9 @@ VERBS = {
     "plm.annotation",
     "plm.context",
     "plm.contact_maps",
+    "plm.folding",
+    "plm.structures",
+    "plm.mmcif",
     "plm.conversion",
     "plm.verification",
     "plm.running",
@@ -61,11 +64,13 @@ ALLOWED: dict[str, set[str]] = {
     "plm.peers": {"torch", "plm_weights", "plm.families", "plm.loading", "plm.models", *BASICS, *PEERS},
     "plm.verification": {"torch", "plm_weights", "plm.loading", "plm.peers", "plm.scoring", *BASICS},
     "plm.prefix": {"torch", "plm_kernels", "plm.loading", "plm.models", "plm.running", *BASICS},
+    "plm.mmcif": {"plm.esmfold", "plm.structures"},
+    "plm.structures": {"torch", "plm.esmfold", "plm.mmcif"},
     "plm.ranks": {"numpy"},
     "plm.plots": {"numpy", "matplotlib", "torch"},
     "plm.cli": {"click", "tqdm", "torch", "huggingface_hub", "plm_weights", "plm_kernels", "plm"},
     "plm.__main__": {"plm.cli"},
-    "plm": {"torch", "plm_weights", "plm.loading", "plm.models", *BASICS, *VERBS, *FILES},
+    "plm": {"torch", "plm_weights", "plm.loading", "plm.models", "plm.esmfold", *BASICS, *VERBS, *FILES},
 }
 
 

@@ -15,6 +15,7 @@ from plm.vocabularies import ESM
 
 LINKER, RESIDUE_GAP = "G" * 25, 512
 READ_AS_X = "BJOUZ"
+AS_X = str.maketrans(dict.fromkeys(READ_AS_X, LETTERS[UNKNOWN]))
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Chains:
         chain: ``[l]`` int64, which chain it belongs to; a linker belongs to the one before it.
         linker: ``[l]`` bool, where the linkers are.
         hidden: ``[l]`` bool, residues that the language model does not see; None hides none.
+        joined_by, residue_gap: what ``read_chains`` was told.
     """
 
     letters: str
@@ -34,6 +36,8 @@ class Chains:
     chain: Tensor
     linker: Tensor
     hidden: Tensor | None = None
+    joined_by: str = LINKER
+    residue_gap: int = RESIDUE_GAP
 
     @property
     def length(self) -> int:
@@ -80,8 +84,7 @@ def read_chains(
                 )
     if residue_gap < 0:
         raise ValueError(f"residue_gap must be 0 or more; got {residue_gap}")
-    as_x = str.maketrans(dict.fromkeys(READ_AS_X, LETTERS[UNKNOWN]))
-    letters = linker.join(parts).translate(as_x)
+    letters = linker.join(parts).translate(AS_X)
     chain, between = [], []
     for i, part in enumerate(parts):
         follows = linker if i + 1 < len(parts) else ""
@@ -93,4 +96,5 @@ def read_chains(
             f"hidden must be bool and have shape [{len(number)}], one per residue and linker; got {hidden.dtype} and "
             f"{[*hidden.shape]}"
         )
-    return Chains(letters, torch.arange(len(letters)) + residue_gap * number, number, torch.tensor(between), hidden)
+    positions = torch.arange(len(letters)) + residue_gap * number
+    return Chains(letters, positions, number, torch.tensor(between), hidden, linker, residue_gap)
