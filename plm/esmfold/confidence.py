@@ -49,7 +49,7 @@ def pair_errors(head: Linear, z: Tensor, rows: int) -> PairErrors:
     Zhang and Skolnick 2004 (the score), Jumper et al. 2021, supplement 1.9.7 (its prediction).
     """
     length = len(z)
-    precise = torch.promote_types(z.dtype, torch.float32)
+    precise = torch.promote_types(head.weight.dtype, torch.float32)
     width = FARTHEST / (ERRORS - 2)
     middles = torch.arange(ERRORS, dtype=precise, device=z.device) * width + width / 2
     near = 1.24 * (max(length, 19) - 15) ** (1 / 3) - 1.8
@@ -57,7 +57,7 @@ def pair_errors(head: Linear, z: Tensor, rows: int) -> PairErrors:
     expected = z.new_empty(length, length, dtype=precise)
     best = z.new_empty(length, dtype=precise)
     for some in chunks(length, rows):
-        shares = head(z[some].flatten(0, 1)).to(precise).softmax(-1).unflatten(0, (-1, length))
+        shares = head(z[some].flatten(0, 1).to(head.weight.dtype)).to(precise).softmax(-1).unflatten(0, (-1, length))
         expected[some] = shares @ middles
         best[some] = (shares @ closeness).sum(-1) / (length + 1e-8)
     return PairErrors(expected, float(best.max()))

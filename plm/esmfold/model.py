@@ -27,6 +27,8 @@ from plm.packing import Packed
 
 DISTANCES = 15  # ranges of the distance between two CB that a recycle is told
 DISTOGRAM = 64
+# Modules that stay in float32 when the trunk is in half precision: coordinates in bfloat16 would be off by Ångströms.
+FLOAT32_AT_LEAST = ("to_structure", "to_structure_pair", "structure", "confidence_head", "error_head")
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,15 @@ class ESMFold(nn.Module):
         first = self.stem_transition(states) + self.embed(types)
         s, z = torch.zeros_like(first), first.new_zeros(length, length, self.config.pair)
         bins = torch.zeros(length, length, dtype=torch.int64, device=states.device)
-        scale = self.config.structure.scale
+        scale, precise = self.config.structure.scale, self.to_structure.weight.dtype
         for _ in range(passes):
             s = first + self.recycle_norm(s)
             z = self.recycled(z, bins, positions, rows)
             for block in self.blocks:
                 s, z = block(s, z, rows)
             layers, before = self.structure(
-                self.to_structure(s), self.to_structure_pair(z.flatten(0, 1)).view(length, length, -1)
+                self.to_structure(s.to(precise)),
+                self.to_structure_pair(z.flatten(0, 1).to(precise)).view(length, length, -1),
             )
             turn, shift = rotation(layers[-1].quaternion), layers[-1].translation * scale
             bins = distance_bins(backbone_atoms(types, turn, shift, fixed))
