@@ -179,7 +179,7 @@ class Structure:
 
     def check_columns(self, highest: int) -> None:
         """Raises: ValueError with all that a PDB file has no room for; ``highest`` residue number."""
-        serials, places = int(self.atoms.sum()) + len(self.chains), self.positions[self.atoms]
+        serials, places = int(self.atoms.sum()) + len(self.chains), self.positions[self.atoms].double()
         faults = []
         if len(self.chains) > len(PDB_CHAINS):
             faults.append(f"{len(self.chains)} chains (at most {len(PDB_CHAINS)})")
