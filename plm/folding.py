@@ -220,8 +220,7 @@ def choose_rows(net: ESMFold, length: int, chunk: Chunk, free: int | None) -> in
     """Rows of pairs at a time: as told, or as many as fit into memory and, on a CPU, into its caches."""
     if isinstance(chunk, int):
         return min(chunk, length)
-    rows = rows_within(net, length, None if free is None else int(SHARE * free))
-    return max(1, min(rows, length))
+    return rows_within(net, length, None if free is None else int(SHARE * free))
 
 
 def stem_states(net: ESMFold, proteins: Sequence[Chains]) -> list[Tensor | None]:

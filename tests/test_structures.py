@@ -146,7 +146,7 @@ def test_what_the_columns_cannot_hold_is_refused(structure: Any, message: str) -
 
 
 def test_all_that_does_not_fit_is_named_at_once() -> None:
-    with pytest.raises(ValueError, match="63 chains .*, nor for a residue numbered .*, nor for coordinates from"):
+    with pytest.raises(ValueError, match=r"63 chains .*, nor for a residue numbered .*, nor for coordinates from"):
         made_up(*["G"] * 63, apart=600).to_pdb()
 
 

@@ -27,7 +27,7 @@ from plm.packing import Packed
 
 DISTANCES = 15  # ranges of the distance between two CB that a recycle is told
 DISTOGRAM = 64
-# Modules that stay in float32 when the trunk is in half precision: coordinates in bfloat16 would be off by Ångströms.
+# Modules that stay in float32 when the trunk is in half precision: bfloat16 holds 50 Å to a quarter of an Ångström.
 FLOAT32_AT_LEAST = ("to_structure", "to_structure_pair", "structure", "confidence_head", "error_head")
 
 
