@@ -324,7 +324,7 @@ def find_weights(path: Path) -> Path:
     if files := weight_files(path):
         return files[0]
     found = "no weights"
-    for kind in (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".pkl"):
+    for kind in (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".pkl", ".index"):
         files = tuple(file for file in sorted(path.glob(f"*{kind}")) if not file.stem.endswith("-contact-regression"))
         if len(files) == 1:
             return files[0]

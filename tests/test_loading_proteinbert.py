@@ -86,6 +86,19 @@ def test_a_saved_model_as_its_folder_or_its_index(tiny: Path) -> None:
         assert [file.name for file in model.checkpoint.files] == [INDEX.name, "variables.data-00000-of-00001"]
 
 
+def test_a_checkpoint_of_keras(tiny: Path, tmp_path: Path) -> None:
+    """As ``save_weights`` writes it: the same two files under a name of the user's, config.json beside them."""
+    for name in (INDEX.name, "variables.data-00000-of-00001"):
+        shutil.copyfile(GOLDEN / "saved_model" / "variables" / name, tmp_path / name.replace("variables", "mine"))
+    shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
+    for source in (tmp_path, tmp_path / "mine.index"):
+        assert equal(plm.load(source).net.state_dict(), plm.load(tiny).net.state_dict())
+    assert plm.load(tmp_path / "mine.index").checkpoint.name == "mine"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(plm.CheckpointError, match=r"config\.json is not JSON"):
+        plm.load(tmp_path)
+
+
 def test_files_are_named_by_their_folder(tiny: Path, tmp_path: Path) -> None:
     assert plm.load(tiny).checkpoint.name == plm.load(tiny / PICKLE).checkpoint.name == "tiny_2blocks"
     as_published(tmp_path, tensors(tiny))

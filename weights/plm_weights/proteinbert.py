@@ -133,7 +133,9 @@ def read_config(layout: str, tensors: TensorSource) -> dict[str, Any]:
     if (told := tensors.extras.get("n_annotations", found["annotations"])) != found["annotations"]:
         has = found["annotations"]
         raise CheckpointError(f"its first item says that it is for {told} annotations, but its weights are for {has}")
-    folder = tensors.files[0].parent.parent if layout == "keras" else tensors.files[0].parent
+    folder = tensors.files[0].parent
+    if layout == "keras" and folder.name == "variables":  # of a SavedModel
+        folder = folder.parent
     file = folder / "config.json"
     if not file.exists():
         return {**found, "dilation": DILATION, "norm_eps": NORM_EPS}

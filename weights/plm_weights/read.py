@@ -58,7 +58,7 @@ class TensorSource(Mapping[str, Tensor]):
 
 def open_tensors(path: str | Path) -> TensorSource:
     """The tensors of a safetensors or ``torch.save`` file of any name, or of the shards of an ``.index.json``; of
-    ProteinBERT's pickle of numpy arrays of any name, or of the ``variables.index`` of a Keras SavedModel.
+    ProteinBERT's pickle of numpy arrays of any name, or of the ``.index`` of a Keras SavedModel or checkpoint.
 
     Of a pickle, the tensors are those of its ``"model"`` (fair-esm, fairseq) if it has one, else those at its top.
     ProteinBERT's are called "000", "001" and so on.
