@@ -116,6 +116,8 @@ def test_ranking() -> None:
     assert ranked(probabilities) == [1, 3, 0, 4, 2]
     assert ranked(probabilities, top=3) == [1, 3, 0] and ranked(probabilities, top=9) == [1, 3, 0, 4, 2]
     assert ranked(probabilities, least=0.5) == [1, 3, 0, 4] and ranked(probabilities, least=0.95) == []
+    many = torch.arange(1_000) % 3 / 3  # an unstable sort keeps few equals in their order, but many it does not
+    assert ranked(many) == [*range(2, 1_000, 3), *range(1, 1_000, 3), *range(0, 1_000, 3)]
 
 
 # Tables of terms
