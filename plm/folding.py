@@ -25,7 +25,8 @@ Proteins = str | tuple[str, ...]
 Chunk = int | Literal["auto"] | None
 Hidden = Tensor | Sequence[Tensor | None] | None
 OnFailure = Callable[[int, MemoryError | FloatingPointError], None]
-SHARE = 0.8  # of the free memory: the estimate is one, and other programs want some as well
+SHARE = 0.8  # of the free memory: the need is an estimate, and other programs want some as well
+ADVICE = "cut it into domains, or use a machine with more memory"
 
 
 def fold(
@@ -71,8 +72,7 @@ def fold(
     free = free_memory(model.device)
     large = [(i, reason) for i, one in enumerate(proteins) if (reason := too_large(net, one.length, free))]
     if large:
-        hint = "cut it into domains, or use a machine with more memory"
-        raise InputError("sequences", [Fault(reason, hint, record=i + 1, id=texts[i][:12]) for i, reason in large])
+        raise InputError("sequences", [Fault(reason, ADVICE, record=i + 1, id=texts[i][:12]) for i, reason in large])
     found = dict(fold_rows(model, proteins, recycles=recycles, chunk=chunk, max_tokens=max_tokens))
     return [found[i] for i in range(len(proteins))]
 
@@ -93,7 +93,7 @@ def fold_rows(
     """
     net = folding_network(model)
     passes = number_of_passes(net, recycles)
-    if not (chunk in (None, "auto") or (isinstance(chunk, int) and chunk >= 1)):
+    if chunk not in (None, "auto") and not whole_number(chunk, 1):
         raise ValueError(f"chunk must be a number of rows, 1 or more, or 'auto'; got {chunk!r}")
     budget = running.default_max_tokens(model) if max_tokens is None else max_tokens
     groups = batches([one.length + 2 for one in proteins], budget)
@@ -106,7 +106,7 @@ def fold_rows(
                 try:
                     with weights_unchanged(unchanged):
                         found, rows = fold_in_pieces(model, proteins[i], state, passes, chunk)
-                    structure = as_structure(proteins[i], found, settings(model, proteins[i], passes, rows))
+                    structure = as_structure(proteins[i], found, made_with(model, proteins[i], passes, rows))
                     for what in (structure.positions, structure.plddt, structure.pae, torch.tensor(structure.ptm)):
                         running.check_finite(model, i, what)
                 except (MemoryError, FloatingPointError) as error:
@@ -161,11 +161,18 @@ def hide(chains: Chains, mask: Tensor) -> Chains:
     return replace(chains, hidden=everywhere)
 
 
-def random_hidden(chains: Chains, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """``[L]`` bool, each residue of a protein with the chance ``share``, to be given to ``fold`` as ``hidden``."""
+def random_hidden(protein: Proteins | Chains, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """``[L]`` bool: each residue of one protein with the chance ``share``, for ``fold(..., hidden=...)``.
+
+    fold(model, [sequence] * 5, hidden=[random_hidden(sequence, 0.15) for _ in range(5)])     # five structures
+    """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be from 0 to 1; got {share}")
-    return torch.rand(chains.length - int(chains.linker.sum()), generator=generator) < share
+    if isinstance(protein, Chains):
+        residues = protein.length - int(protein.linker.sum())
+    else:
+        residues = len(as_texts(protein)[0].replace(":", ""))
+    return torch.rand(residues, generator=generator) < share
 
 
 def as_texts(sequences: Proteins | Iterable[Proteins]) -> list[str]:
@@ -203,9 +210,13 @@ def number_of_passes(net: ESMFold, recycles: int | None) -> int:
     """Of the trunk, one more than recycles."""
     if recycles is None:
         return net.config.passes
-    if isinstance(recycles, bool) or not isinstance(recycles, int) or recycles < 0:
+    if not whole_number(recycles, 0):
         raise ValueError(f"recycles must be a whole number, 0 or more; got {recycles!r}")
     return recycles + 1
+
+
+def whole_number(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def too_large(net: ESMFold, length: int, free: int | None) -> str | None:
@@ -214,13 +225,6 @@ def too_large(net: ESMFold, length: int, free: int | None) -> str | None:
     if free is None or least <= free:
         return None
     return f"{length:,} residues with linkers need about {gigabytes(least)} of memory, and {gigabytes(free)} are free"
-
-
-def choose_rows(net: ESMFold, length: int, chunk: Chunk, free: int | None) -> int:
-    """Rows of pairs at a time: as told, or as many as fit into memory and, on a CPU, into its caches."""
-    if isinstance(chunk, int):
-        return min(chunk, length)
-    return rows_within(net, length, None if free is None else int(SHARE * free))
 
 
 def stem_states(net: ESMFold, proteins: Sequence[Chains]) -> list[Tensor | None]:
@@ -243,12 +247,13 @@ def fold_in_pieces(
 
     Raises: MemoryError if single rows are still too much.
     """
-    net, length = folding_network(model), chains.length
+    net, length, name = folding_network(model), chains.length, f"{chains.letters[:12]}..."
     free = free_memory(model.device)
     if reason := too_large(net, length, free):
-        raise MemoryError(f"{reason}; cut it into domains, or use a machine with more memory")
+        raise MemoryError(f"{name}: {reason}; {ADVICE}")
+    within = None if free is None else int(SHARE * free)
+    rows = min(chunk, length) if isinstance(chunk, int) else rows_within(net, length, within)
     tried: list[int] = []
-    rows = choose_rows(net, length, chunk, free)
     while True:
         try:
             with torch.inference_mode():
@@ -259,19 +264,18 @@ def fold_in_pieces(
         except RuntimeError as error:
             if not running.out_of_memory(error):
                 raise
-        tried.append(rows)  # out here, because the error would keep tensors alive
-        if rows == 1:
-            raise MemoryError(
-                f"{chains.letters[:12]}..., {length:,} residues with linkers, does not fit into the memory of "
-                f"{model.device}, tried with {', '.join(map(str, tried))} rows at a time; cut it into domains, or use "
-                "a machine with more memory"
-            )
+            tried.append(rows)
+            if rows == 1:
+                raise MemoryError(
+                    f"{name}: {length:,} residues with linkers do not fit into the memory of {model.device}, tried "
+                    f"with {', '.join(map(str, tried))} rows at a time; {ADVICE}"
+                ) from error.with_traceback(None)  # the traceback would keep tensors alive
         rows = max(1, rows // 4)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def settings(model: Model, chains: Chains, passes: int, rows: int) -> dict[str, object]:
+def made_with(model: Model, chains: Chains, passes: int, rows: int) -> dict[str, object]:
     """What a structure was made with."""
     return {
         "model": model.checkpoint.name,

@@ -255,8 +255,10 @@ def halved(model: Model, groups: Iterable[list[int]], work: Callable[[list[int]]
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device (its own error class) or the CPU's allocator (a plain RuntimeError) ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether a device (its own error class), the CPU's allocator or oneDNN (plain RuntimeErrors) ran out of memory."""
+    told = str(error)
+    of_cpu = "can't allocate memory" in told or told in ("std::bad_alloc", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError) or of_cpu
 
 
 def _forward(model: Model, rows: Sequence[bytes], some: Sequence[int], forward: Run, task: str | None) -> list[Tensor]:

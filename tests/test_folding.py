@@ -116,6 +116,8 @@ def test_random_hidden() -> None:
     assert abs(first.double().mean().item() - 0.15) < 5 * (0.15 * 0.85 / 20_000) ** 0.5
     assert not torch.equal(first, random_hidden(chains, 0.15, generator))
     assert torch.equal(first, random_hidden(chains, 0.15, torch.Generator().manual_seed(1)))
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(first, random_hidden(("A" * 10_000, "G" * 10_000), 0.15, generator))
     assert not random_hidden(chains, 0).any()
     assert random_hidden(chains, 1).all()
     with pytest.raises(ValueError, match="share must be from 0 to 1; got 15"):
@@ -193,6 +195,7 @@ def test_all_bad_sequences_are_named(single: plm.Model) -> None:
     [
         ({"recycles": -1}, "recycles must be a whole number, 0 or more; got -1"),
         ({"recycles": 1.5}, "recycles must be a whole number, 0 or more; got 1.5"),
+        ({"recycles": True}, "recycles must be a whole number, 0 or more; got True"),
         ({"chunk": 0}, "chunk must be a number of rows, 1 or more, or 'auto'; got 0"),
         ({"chunk": "small"}, "chunk must be a number of rows, 1 or more, or 'auto'; got 'small'"),
         ({"linker": "gg"}, "character 'g' at position 1 of the linker is no residue"),
