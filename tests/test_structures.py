@@ -213,6 +213,11 @@ def test_gemmi_reads_the_same_atoms_from_both_formats(
         places = torch.tensor([a.pos.tolist() for a in atoms])
         # three decimals in the files, and what float32 adds at 64 Å
         assert (places - structure.positions[structure.atoms]).abs().max() < 0.5e-3 + 8e-6
+        if file == "a.cif":  # which numbers the residues of each chain from 1 as well
+            assert [(r.subchain, r.label_seq) for c in read[0] for r in c for _ in r] == [
+                (structure.chain_ids[chain[a.residue]], structure.numbers("chain")[a.residue])
+                for a in structure.each_atom()
+            ]
         factors = torch.tensor([a.b_iso for a in atoms])
         assert (factors - structure.plddt[structure.atoms]).abs().max() < 0.5e-2 + 8e-6
 
