@@ -130,3 +130,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x ** 2) + eps)`` over the channels of ``[n, c]``; the mean in float32 at least."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (x * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, *, dilation: int = 1) -> Tensor:
+    """``y[t] = bias + sum over taps j of weight[:, :, j] @ x[t + j * dilation - left]``: ``[b, t, i] -> [b, t, o]``.
+
+    Beyond both ends ``x`` is zero, and left is ``(k - 1) * dilation // 2``, so that an odd zero stands behind.
+    """
+    left = (weight.shape[-1] - 1) * dilation // 2
+    rows = []
+    for t in range(x.shape[1]):
+        y = bias.expand(len(x), -1)
+        for j, tap in enumerate(weight.unbind(-1)):
+            if 0 <= t + j * dilation - left < x.shape[1]:
+                y = y + x[:, t + j * dilation - left] @ tap.T
+        rows.append(y)
+    return torch.stack(rows, 1)
+
+
+def global_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T) v`` of one query per sequence, one sequence after the other, and the weights.
+
+    q ``[b, h, d]``, k ``[b, t, h, d]``, v ``[b, t, h, e]`` -> ``[b, h, e]``, ``[b, h, t]``. Of a token that keep
+    ``[b, t]`` is False for the weight is 0. The softmax runs in float32 at least.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    mixed, maps = [], []
+    for i in range(len(q)):
+        kept = torch.ones_like(k[i, :, 0, 0], dtype=torch.bool) if keep is None else keep[i]
+        logits = scale * torch.einsum("hd,thd->ht", q[i], k[i, kept])
+        weights = logits.softmax(-1, dtype=precise).to(q.dtype)
+        mixed.append(torch.einsum("ht,the->he", weights, v[i, kept]))
+        maps.append(torch.zeros(len(weights), len(kept), dtype=q.dtype).masked_scatter(kept, weights))
+    return torch.stack(mixed), torch.stack(maps)
