@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.vocabularies": {"plm.tokens"},
     "plm.models": {"torch", "plm_kernels", *BASICS},
     "plm.esmfold": {"torch", "einops", "plm_kernels", "plm.esmfold", *BASICS},
+    "plm.models.proteinbert_heads": {"torch", "plm.models.proteinbert"},
     "plm.sequences": {"plm.sequences"},
     "plm.mutations": {"plm.sequences"},
     "plm.terms": {"plm.sequences"},
@@ -121,6 +122,7 @@ def test_nothing_imports_upward() -> None:
         ("plm_kernels.rotary", "plm.layers"),
         ("plm_weights.esm", "plm.models.esm"),
         ("plm.models.esm", "plm.loading"),
+        ("plm.models.proteinbert", "plm.models.proteinbert_heads"),
         ("plm.embedding", "plm.cli"),
     ],
 )

@@ -3,8 +3,8 @@
     python tests/golden/make_errors_proteinbert.py
 
 Run by hand where the original is installed (protein-bert 1.0.1, TensorFlow 2.15.1, Keras 2.15.0, numpy 1.26.4); no test
-needs it. For every stored output of the network, loss and gradient it writes the largest and the root mean square
-error, which are the noise floors of the tests in float32. Eager, on a CPU.
+needs it. For every stored output of the network, loss and gradient, and for the predictions of fine-tuning heads, it
+writes the largest and the root mean square error, which are the noise floors of the tests in float32. Eager, on a CPU.
 """
 
 import json
@@ -21,7 +21,7 @@ from proteinbert.conv_and_global_attention_model import create_model  # noqa: E4
 from tensorflow import keras  # noqa: E402
 
 FOLDER = Path(__file__).parent / "proteinbert"
-GROUPS = {"tiny_2blocks": [""], "padding_3blocks": ["g0.", "g1.", "g2.", "g3."]}
+GROUPS = {"tiny_2blocks": [""], "padding_3blocks": ["g0.", "g1.", "g2.", "g3."], "finetune_heads": [""]}
 DTYPES = {"F64": np.float64, "F32": np.float32, "I32": np.int32, "I64": np.int64}
 STEPS = {
     "global_to_local": "global-to-seq-dense",
@@ -90,6 +90,20 @@ def losses_and_gradients(model, given):
     return found | {f"grad.{i:03d}": tf.convert_to_tensor(x) for i, x in enumerate(gradients)}
 
 
+def predictions(found, tasks, heads):
+    """Of fine-tuning heads: a dense layer on a concatenation, or on the probabilities of pre-training."""
+    told = {}
+    for name, task in tasks.items():
+        track, plain = ("local", "seq_probs") if task["is_seq"] else ("global", "annotation_probs")
+        x = found[f"{track}_representations" if task["uses_concatenated_hidden_layers"] else plain]
+        activation = {"binary": "sigmoid", "categorical": "softmax", "numeric": "linear"}[task["type"]]
+        layer = keras.layers.Dense(heads[f"{name}.bias"].size, activation=activation)
+        layer.build(x.shape)
+        layer.set_weights([heads[f"{name}.kernel"], heads[f"{name}.bias"]])
+        told[f"{name}.prediction"] = layer(x)
+    return told
+
+
 def errors(found, truth):
     told = {}
     for name, wanted in sorted(truth.items()):
@@ -119,6 +133,10 @@ def main():
             if "target_ids" in inputs:
                 found |= losses_and_gradients(model, inputs)
                 truth |= read(folder / "gradients.safetensors")
+            if case == "finetune_heads":
+                tasks = json.loads((folder / "inputs.json").read_text())["tasks"]
+                found = predictions(found, tasks, read(folder / "heads.safetensors"))
+                truth = {name: truth[name] for name in found}
             report[f"{case}.{group}".rstrip(".")] = errors(found, truth)
     (FOLDER / "float32_errors.json").write_text(json.dumps(report, indent=1) + "\n")
 
