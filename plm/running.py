@@ -31,6 +31,7 @@ def as_list(model: Model, sequences: Proteins | Iterable[Proteins]) -> list[str]
     """
     if not isinstance(model, Model):
         raise TypeError(f"the first argument must be a model: plm.load({model!r})")
+    need_language_model(model)
     if isinstance(sequences, bytes | Mapping):
         raise TypeError(
             f"sequences must be strings; got {type(sequences).__name__}: .decode() bytes, take a dict's values()"
@@ -101,6 +102,7 @@ def encode(
             model does not know or a token that is no residue, and with the pairs among single chains or the reverse,
             before anything is computed.
     """
+    need_language_model(model)
     tokenizer, limit = model.tokenizer, token_limit(model, pad_to)
     around = sum(map(len, tokenizer.frame(task)))
     as_x = str.maketrans(dict.fromkeys(tokenizer.rare, "X"))
