@@ -11,7 +11,8 @@ from plm.layers import Linear
 
 ATOMS, LEVELS = 37, 50
 ERRORS, FARTHEST = 64, 31.0  # bins of the aligned error, and the last edge in Ångström
-MOST = FARTHEST + FARTHEST / (ERRORS - 2) / 2  # what the last bin stands for
+WIDTH = FARTHEST / (ERRORS - 2)  # Ångström
+MOST = (ERRORS - 0.5) * WIDTH  # what the last bin stands for, one beyond the last edge
 
 
 class PairErrors(NamedTuple):
@@ -50,8 +51,7 @@ def pair_errors(head: Linear, z: Tensor, rows: int) -> PairErrors:
     """
     length = len(z)
     precise = torch.promote_types(head.weight.dtype, torch.float32)
-    width = FARTHEST / (ERRORS - 2)
-    middles = torch.arange(ERRORS, dtype=precise, device=z.device) * width + width / 2
+    middles = (torch.arange(ERRORS, dtype=precise, device=z.device) + 0.5) * WIDTH
     near = 1.24 * (max(length, 19) - 15) ** (1 / 3) - 1.8
     closeness = 1 / (1 + (middles / near).square())
     expected = z.new_empty(length, length, dtype=precise)
@@ -60,4 +60,4 @@ def pair_errors(head: Linear, z: Tensor, rows: int) -> PairErrors:
         shares = head(z[some].flatten(0, 1).to(head.weight.dtype)).to(precise).softmax(-1).unflatten(0, (-1, length))
         expected[some] = shares @ middles
         best[some] = (shares @ closeness).sum(-1) / (length + 1e-8)
-    return PairErrors(expected, float(best.max()))
+    return PairErrors(expected, float(best.detach().max()))

@@ -58,14 +58,13 @@ def group_frames(types: Tensor, rotations: Tensor, translation: Tensor, angles: 
     turn[..., 0, 0] = turn[..., 3, 3] = 1
     turn[..., 1, 1], turn[..., 1, 2], turn[..., 2, 1], turn[..., 2, 2] = cosine, -sine, sine, cosine
     local = tables.frames.to(angles)[types] @ turn
+    local[..., 3, 3] = 1  # groups that do not exist are flat, and lie where the one that they hang on does
     chained = list(local.unbind(1))
     for chi in (5, 6, 7):
         chained[chi] = chained[chi - 1] @ local[:, chi]
     backbone = angles.new_zeros(len(angles), 1, 4, 4)
     backbone[:, 0, :3, :3], backbone[:, 0, :3, 3], backbone[:, 0, 3, 3] = rotations, translation, 1
-    frames = backbone @ torch.stack(chained, 1)
-    frames[..., 3, :] = angles.new_tensor([0.0, 0.0, 0.0, 1.0])
-    return frames
+    return backbone @ torch.stack(chained, 1)
 
 
 def atoms(types: Tensor, frames: Tensor, tables: Tables) -> Tensor:

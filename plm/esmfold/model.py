@@ -148,6 +148,11 @@ class ESMFold(nn.Module):
             z=z if keep_pairs else None,
         )
 
+    def distances(self, z: Tensor) -> Tensor:
+        """Logits ``[l, l, 64]`` of how far two residues are apart, from pairs that ``fold`` has kept; symmetric."""
+        logits = self.distogram_head(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return (logits + logits.transpose(0, 1)) / 2  # type: ignore[no-any-return]
+
     def recycled(self, z: Tensor, bins: Tensor, positions: Tensor, rows: int) -> Tensor:
         """Pairs as a pass begins with them, from those that the one before has left; these may be overwritten."""
         reach = self.config.position_bins
