@@ -9,7 +9,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from transformers.models.esm.openfold_utils import loss, rigid_utils
 import plm
 from plm.esmfold.chains import Chains
 from plm.esmfold.confidence import MOST
+from plm.esmfold.config import Config
 from plm.esmfold.geometry import atoms, group_frames, rotation
 from plm.esmfold.model import ESMFold, Prediction
 from plm.esmfold.residues import tables
+from plm.models import esm
+from plm_weights import KeyMap, import_weights
+from plm_weights.esmfold import hub_config, key_map
 
 INV_FREQ = "self.rotary_embeddings.inv_freq"
 MASK = 32
@@ -66,7 +70,7 @@ class Twin:
     transitions: int
     angle_blocks: int
     angle_channels: int
-    scale: float = 10.0
+    scale: int = 10
     passes: int = 2
     confidence: int = 7
     seed: int = 0
@@ -188,7 +192,7 @@ def authors_file(model: Any) -> dict[str, Tensor]:
 def save(tensors: Mapping[str, Tensor], twin: Twin, folder: Path) -> Path:
     """A folder as it could be on the hub."""
     folder.mkdir(exist_ok=True)
-    save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
+    save_file({name: x.clone() for name, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(twin.settings()))
     return folder
 
@@ -307,10 +311,42 @@ def named(net: ESMFold, chains: Chains, prediction: Prediction, before: Tensor) 
         "s_z": prediction.z,
         "lm_logits": net.residue_head(prediction.s),
         "distogram_logits": net.distances(prediction.z),
-        "ptm_logits": net.error_head(prediction.z),
+        "ptm_logits": net.error_head(prediction.z.flatten(0, 1)).view(chains.length, chains.length, -1),
         "lddt_head": net.confidence_head(layers[-1].state),
         "plddt": prediction.plddt,
         "predicted_aligned_error": prediction.pae,
         "max_predicted_aligned_error": torch.tensor(MOST),
         "ptm": torch.tensor([prediction.ptm], dtype=torch.float64),
     }
+
+
+def config_of(twin: Twin, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The keywords of our config, of a twin without blocks as well, which a ``config.json`` may not describe."""
+    found = hub_config(replace(twin, blocks=max(twin.blocks, 1)).settings(), tensors)
+    return found | {"blocks": twin.blocks}
+
+
+def rows_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> KeyMap:
+    """The key map of a file, without blocks if there are none."""
+    rows = key_map(tensors, config)
+    return tuple(row for row in rows if config["blocks"] or not str(row.source).lstrip("('").startswith("trunk.blocks"))
+
+
+def imported(twin: Twin, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors, in the dtypes of the file."""
+    config = config_of(twin, tensors)
+    return import_weights(rows_of(tensors, config), tensors, empty(config).state_dict())
+
+
+def empty(config: dict[str, Any]) -> ESMFold:
+    with torch.device("meta"):
+        return ESMFold(Config(**config), esm.ESM(esm.Config(**config["stem"])))
+
+
+def build(twin: Twin, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> ESMFold:
+    """Our network of a file's tensors. Rotary frequencies stay as they are stored."""
+    net = empty(config_of(twin, tensors))
+    state = imported(twin, tensors)
+    frequencies = {"stem.frequencies": state["stem.frequencies"].float()}
+    net.load_state_dict({name: x.to(dtype) for name, x in state.items()} | frequencies, assign=True)
+    return net.eval()

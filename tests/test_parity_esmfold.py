@@ -86,13 +86,16 @@ class Case:
         return found
 
     def outputs(self, net: ESMFold, run: str, recycles: int, rows: int | None = None) -> Outputs:
-        """What is stored, of ours: where that is the last layer, the last layer."""
+        """What is stored, of ours."""
         with torch.no_grad():
-            found = run_ours(net, self.proteins(run), recycles=recycles, rows=rows)
-        wanted = self.truth(run, recycles)
+            return self.stored_of(run_ours(net, self.proteins(run), recycles=recycles, rows=rows), run, recycles)
+
+    def stored_of(self, found: Outputs, run: str, recycles: int) -> Outputs:
+        """Those outputs that are stored; where that is the last layer, the last layer."""
         return {
             name: [x[-len(y) :] if name in PER_LAYER else x for x, y in zip(found[name], tensors, strict=True)]
-            for name, tensors in wanted.items()
+            for name, tensors in self.truth(run, recycles).items()
+            if name in found
         }
 
     def differences(self, net: ESMFold, run: str, recycles: int, rows: int | None = None) -> dict[str, Tensor]:
