@@ -41,6 +41,7 @@ class Case:
     def __init__(self, name: str) -> None:
         self.folder = GOLDEN / name
         self.runs: dict[str, Any] = json.loads((self.folder / "inputs.json").read_text())["runs"]
+        self.settings: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         self.measured: dict[str, Any] = json.loads((self.folder / "meta.json").read_text())["runs"]
 
     @cached_property
@@ -153,7 +154,7 @@ def test_proteins_alone(case: Case, nets: dict[str, ESMFold]) -> None:
 def test_passes_of_the_checkpoint(case: Case, nets: dict[str, ESMFold]) -> None:
     """``recycles=None`` is one less than the ``max_recycles`` of the file, which counts passes."""
     net = nets[case.folder.name]
-    passes = json.loads((case.folder / "config.json").read_text())["esmfold_config"]["trunk"]["max_recycles"]
+    passes = case.settings["esmfold_config"]["trunk"]["max_recycles"]
     (chains, *_) = case.proteins("batch")
     with torch.no_grad():
         (unsaid,), (said,) = net.fold([chains]), net.fold([chains], recycles=passes - 1)
