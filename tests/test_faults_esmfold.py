@@ -152,7 +152,7 @@ def error_with(case: Case) -> Callable[[Mapping[str, Tensor]], float]:
 
 
 def stored(case: Case) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that are used and seen, of its first block and layer alone, as others go the same way.
+    """The tensors of a checkpoint that are used and seen, of its first block and layer: others go the same way.
 
     A softmax does not see what is added to all that it weighs, and nothing tells two biases of one sum apart.
     """
