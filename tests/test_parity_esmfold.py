@@ -161,6 +161,19 @@ def test_passes_of_the_checkpoint(case: Case, nets: dict[str, ESMFold]) -> None:
     assert torch.equal(unsaid.positions, said.positions)
 
 
+@torch.no_grad()
+def test_a_language_model_kept_in_half_precision() -> None:
+    """Its layers are computed in the trunk's precision all the same: equal bits, as the file holds no more digits."""
+    case = Case(CASES[0])
+    (chains,) = case.proteins("single")
+    net = case.net("float32")
+    (whole,) = net.fold([chains], recycles=1)
+    net.stem.blocks.half()
+    (half,) = net.fold([chains], recycles=1)
+    assert torch.equal(half.positions, whole.positions) and torch.equal(half.pae, whole.pae)
+    assert {x.dtype for x in net.stem.blocks.parameters()} == {torch.float16}
+
+
 def test_pairs_are_kept_on_request(case: Case, nets: dict[str, ESMFold]) -> None:
     (chains, *_) = case.proteins("batch")
     (prediction,) = nets[case.folder.name].fold([chains], recycles=0)

@@ -59,7 +59,10 @@ class StemTransition(nn.Module):
 
 
 class ESMFold(nn.Module):
-    """Call ``fold``. ``stem`` is an ESM-2: it has ``embed_tokens``, ``turns``, ``blocks`` and ``norm``."""
+    """Call ``fold``. ``stem`` is an ESM-2: it has ``embed_tokens``, ``turns``, ``blocks`` and ``norm``.
+
+    Its blocks may be kept in half precision, as published; its embedding and its norm have the dtype of the rest.
+    """
 
     def __init__(self, config: Config, stem: Any) -> None:
         super().__init__()
