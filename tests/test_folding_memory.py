@@ -47,7 +47,7 @@ def memory(kind):
 
 def fold(length):
     with torch.inference_mode():
-        net.fold_one(read_chains("A" * length), torch.randn(length, 64, dtype=dtype), 2, rows)
+        net.fold_one(read_chains("A" * length), torch.randn(length, 64), 2, rows)
 
 torch.set_num_threads(1)
 fold(16)  # packs weights, and loads code

@@ -26,8 +26,8 @@ def at_rest(net: ESMFold, length: int) -> int:
     config, size = net.config, net.embed.weight.element_size()
     structure, wide = config.structure, net.to_structure.weight.element_size()
     bias = config.channels // config.head_size
-    trunk = size * (3 * config.pair + bias)  # pairs, and both sides of all triangles
-    module = size * config.pair + wide * (2 * structure.pair + 6 * structure.heads)  # pairs, its own, normed; attention
+    trunk = wide * config.pair + size * (2 * config.pair + bias)  # pairs, and both sides of all triangles
+    module = wide * (config.pair + 2 * structure.pair + 6 * structure.heads)  # pairs, its own, normed; attention
     bins = 2 * 8  # of distances, int64, before and after
     residues = size * 16 * config.channels  # states, and a feed-forward
     return length**2 * (max(trunk, module) + bins) + length * residues

@@ -27,8 +27,20 @@ from plm.packing import Packed
 
 DISTANCES = 15  # ranges of the distance between two CB that a recycle is told
 DISTOGRAM = 64
-# Modules that stay in float32 when the trunk is in half precision: bfloat16 holds 50 Å to a quarter of an Ångström.
-FLOAT32_AT_LEAST = ("to_structure", "to_structure_pair", "structure", "confidence_head", "error_head")
+# Modules that stay in float32 when the trunk is in half precision: what sums and what places atoms, as bfloat16 holds
+# 50 Å to a quarter of an Ångström. Of the trunk's blocks only the products are in half precision.
+FLOAT32_AT_LEAST = (
+    "stem_transition",
+    "recycle_norm",
+    "recycle_pair_norm",
+    "recycle_distances",
+    "relative_positions",
+    "to_structure",
+    "to_structure_pair",
+    "structure",
+    "confidence_head",
+    "error_head",
+)
 
 
 @dataclass(frozen=True)
@@ -109,15 +121,15 @@ class ESMFold(nn.Module):
     def stem_states(self, batch: Packed) -> Tensor:
         """The learned mean of all states of the language model, ``[n, c]``: a running sum, never all of them."""
         dtype, stem = self.embed.weight.dtype, self.stem
-        weights = self.layer_weights.softmax(0)
+        weights = self.layer_weights.to(self.to_structure.weight.dtype).softmax(0)  # in which they are summed
         with unpacked():
             x, turns = stem.embed_tokens(batch), stem.turns(batch)
-            total = weights[0] * x
+            total = weights[0] * x.to(weights.dtype)
             for weight, block in zip(weights[1:-1], stem.blocks[:-1], strict=True):
                 x = widened(block, dtype, x, batch, turns, None)
-                total += weight * x
+                total += weight * x.to(total.dtype)  # a number alone would not widen it
             x = stem.norm(widened(stem.blocks[-1], dtype, x, batch, turns, None))
-        return total + weights[-1] * x  # type: ignore[no-any-return]
+        return total + weights[-1] * x.to(total.dtype)  # type: ignore[no-any-return]
 
     def fold_one(self, chains: Chains, states: Tensor, passes: int, rows: int, keep_pairs: bool = False) -> Prediction:
         """One protein from the language model's states ``[l, c]`` of its residues."""

@@ -33,22 +33,33 @@ def add_rows(z: Tensor, rows: int, found: Callable[[Rows], Tensor]) -> Tensor:
     return z
 
 
+class Norm(nn.LayerNorm):
+    """What a part of the trunk begins with. Pairs and residues are summed in float32 at least: they are normalised in
+    that, and what comes out has the precision of the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class TriangleMultiplication(nn.Module):
     """Each pair (i, j) hears from all k: of (i, k) and (j, k) if outgoing, else of (k, i) and (k, j)."""
 
     def __init__(self, channels: int, outgoing: bool) -> None:
         super().__init__()
         self.outgoing = outgoing
-        self.norm = nn.LayerNorm(channels)
+        self.norm = Norm(channels)
         self.sides = Linear(channels, 2 * channels)
         self.side_gates = Linear(channels, 2 * channels)
         self.gate = Linear(channels, channels)
-        self.product_norm = nn.LayerNorm(channels)
+        self.product_norm = Norm(channels)
         self.out = Linear(channels, channels)
 
     def forward(self, z: Tensor, rows: int) -> Tensor:
         length, _, c = z.shape
-        sides = z.new_empty(2 * c, length, length)  # a product of matrices for each channel
+        sides = self.sides.weight.new_empty(2 * c, length, length)  # a product of matrices for each channel
         for some in chunks(length, rows):
             x = self.norm(z[some]).flatten(0, 1)
             gated = self.sides(x) * self.side_gates(x, "sigmoid")
@@ -75,7 +86,7 @@ class TriangleAttention(nn.Module):
         self.ending = ending
         self.heads = channels // head_size
         self.scale = head_size**-0.5
-        self.norm = nn.LayerNorm(channels)
+        self.norm = Norm(channels)
         self.bias = Linear(channels, self.heads, bias=False)
         self.qkv = Linear(channels, 3 * channels, bias=False)
         self.gate = Linear(channels, channels)
@@ -84,7 +95,7 @@ class TriangleAttention(nn.Module):
     def forward(self, z: Tensor, rows: int) -> Tensor:
         length, _, c = z.shape
         pairs = z.transpose(0, 1) if self.ending else z
-        bias = z.new_empty(self.heads, length, length)
+        bias = self.bias.weight.new_empty(self.heads, length, length)
         for some in chunks(length, rows):
             bias[:, some] = self.bias(self.norm(pairs[some]).flatten(0, 1)).T.unflatten(1, (-1, length))
 
@@ -104,7 +115,7 @@ class PairTransition(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = Norm(channels)
         self.up = Linear(channels, 4 * channels)
         self.down = Linear(4 * channels, channels)
 
@@ -121,7 +132,7 @@ class SequenceToPair(nn.Module):
 
     def __init__(self, channels: int, pair: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = Norm(channels)
         self.qk = Linear(channels, pair)
         self.out = Linear(pair, pair)
 
@@ -142,12 +153,12 @@ class PairToSequence(nn.Module):
 
     def __init__(self, pair: int, heads: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(pair)
+        self.norm = Norm(pair)
         self.out = Linear(pair, heads, bias=False)
 
     def forward(self, z: Tensor, rows: int) -> Tensor:
         length = len(z)
-        bias = z.new_empty(self.out.out_features, length, length)
+        bias = self.out.weight.new_empty(self.out.out_features, length, length)
         for some in chunks(length, rows):
             bias[:, some] = self.out(self.norm(z[some]).flatten(0, 1)).T.unflatten(1, (-1, length))
         return bias

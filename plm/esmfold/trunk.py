@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from plm.esmfold.config import Config
 from plm.esmfold.pair import (
+    Norm,
     PairToSequence,
     PairTransition,
     SequenceToPair,
@@ -40,7 +41,7 @@ class SequenceTransition(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = Norm(channels)
         self.up = nn.Linear(channels, 4 * channels)
         self.down = nn.Linear(4 * channels, channels)
 
@@ -55,7 +56,7 @@ class Block(nn.Module):
         super().__init__()
         pair, size = config.pair, config.pair_head_size
         self.pair_to_sequence = PairToSequence(pair, config.channels // config.head_size)
-        self.attention_norm = nn.LayerNorm(config.channels)
+        self.attention_norm = Norm(config.channels)
         self.attention = SequenceAttention(config)
         self.transition = SequenceTransition(config.channels)
         self.sequence_to_pair = SequenceToPair(config.channels, pair)
