@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ import tiny
 import plm
 from plm.cli import main
 from plm.cli.errors import Code
-from plm.conversion import to_transformers
+from plm.conversion import to_plm
 from plm_weights.registry import Checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """An empty folder with proteins.fasta.gz in it, on a machine where downloads give small random models."""
     real = plm.loading.fetch
     small = {"igbert": partial(tiny.igbert, positions=320), "ankh3-large": tiny.ankh3, "prostt5": tiny.prostt5}
+    small["proteinbert"] = partial(tiny.proteinbert_model, config=replace(tiny.PROTEINBERT, layers=6))
     small |= dict.fromkeys(("progen2-small", "progen2-medium"), partial(tiny.progen2_model, max_length=2048))
 
     def fetch(source: Checkpoint, **options: object) -> Path:
@@ -43,7 +45,7 @@ def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
             return random_8m
         model, folder = small[source.name](), tmp_path / "published" / source.name
         if not folder.exists():
-            to_transformers(model.net.state_dict(), model.net.config, folder)
+            to_plm(model.net.state_dict(), model.net.config, folder)
             vocabulary = [[token, 0.0] for token in model.tokenizer.vocabulary]
             (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": vocabulary}}))
         return folder
@@ -68,6 +70,7 @@ def test_python_blocks_run_one_after_the_other(desk: Path) -> None:
     assert (scope["heavy"].shape, scope["light"].shape) == ((21, 32), (21, 32))
     assert len(scope["completed"].sequence) <= len(scope["protein"]) == 35 and len(scope["filled"].filled) == 2
     assert len(scope["samples"]) == 3 and [len(score.per_residue) for score in scope["scores"]] == [17, 17]
+    assert (scope["state"].shape, scope["loss"].requires_grad) == ((64,), True)
     assert (desk / "esm2_8m-contact-regression.pt").exists()
 
 
