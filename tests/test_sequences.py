@@ -129,7 +129,7 @@ def test_case(tmp_path: Path) -> None:
             "record 1 'a': '1' at position 3\n"
             f"What to do: sequences hold the letters {letters}, and <mask> or | where the model has them"
         )
-    with pytest.raises(ValueError, match="case is one of upper, lower, keep, not 'title'"):
+    with pytest.raises(ValueError, match="case is one of upper, capitals, lower, keep, not 'title'"):
         read(tmp_path, content, case="title")
 
 

@@ -58,10 +58,10 @@ class Job:
     quiet: bool
     as_json: bool
 
-    def read(self, task: str | None = None, *, prompts: bool = False) -> Reading:
+    def read(self, task: str | None = None, *, prompts: bool = False, complexes: bool = False) -> Reading:
         """Read the input, and say on stderr what was changed in it.
 
-        3Di states, which ProstT5's task "fold2aa" takes, are brought to lower case.
+        3Di states, which ProstT5's task "fold2aa" takes, are brought to lower case. ``complexes`` are in capitals.
 
         Raises: InputError; click.UsageError.
         """
@@ -72,8 +72,9 @@ class Job:
             heavy_column=self.heavy_column,
             light_column=self.light_column,
             id_column=self.id_column,
-            case="lower" if task == "fold2aa" else "upper",
+            case="lower" if task == "fold2aa" else "capitals" if complexes else "upper",
             prompts=prompts,
+            complexes=complexes,
             on_stop=self.on_stop,
             strip_gaps=self.strip_gaps,
             duplicates=self.duplicates,

@@ -17,6 +17,7 @@ NO_MODEL = (
     "choose a model with -m: esm2-650m is the usual one, esm2-8m a small one, plm-mini (which comes with plm) is for "
     "trying things out. `plm models` lists all; a hub id, a folder or a file works as well."
 )
+NO_FOLDING_MODEL = "choose a model with -m: esmfold. A hub id, a folder or a file works as well."
 # Written out, because asking the library would import torch.
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 LOADED = (*DTYPES, "int8")
@@ -24,7 +25,7 @@ LOADED = (*DTYPES, "int8")
 
 def _model_given(context: click.Context, option: click.Parameter, value: str | None) -> str:
     if value is None:
-        raise click.UsageError(NO_MODEL, context)
+        raise click.UsageError(NO_FOLDING_MODEL if context.info_name == "fold" else NO_MODEL, context)
     return value
 
 

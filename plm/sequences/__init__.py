@@ -5,6 +5,7 @@ only when something is wrong. Nothing is changed silently: `Reading.changes` say
 faults of a source are collected into one `InputError`, so that a file is repaired once.
 
 An antibody is one sequence too, its heavy and light chain joined by ``|``. A table may hold them in two columns.
+So is a complex, its chains joined by ``:``.
 """
 
 import gzip
@@ -42,6 +43,7 @@ def read_records(
     id_column: str | None = None,
     case: Case = "upper",
     prompts: bool = False,
+    complexes: bool = False,
     on_stop: OnStop = "error",
     strip_gaps: bool = False,
     duplicates: Duplicates = "suffix",
@@ -57,17 +59,20 @@ def read_records(
     single letters alone (``M K T``, as ProtBert takes it) or around ``|``: there, words are more likely a name, or
     prose.
 
-    A source holds single chains or pairs ``HEAVY|LIGHT``, never both. Neither chain of a pair may be missing.
+    A source holds single chains or pairs ``HEAVY|LIGHT``, never both. Neither chain of a pair may be missing. Where
+    there may be ``complexes``, it holds any of these.
 
     Args:
         column, id_column: columns of a CSV/TSV table; by default the first of SEQUENCE_COLUMNS and ID_COLUMNS
             (`plm.sequences.tables`).
         heavy_column, light_column: the columns of the two chains, instead of ``column``; by default, in a table without
             a column of sequences, the first two of CHAIN_COLUMNS. Case does not matter in names, nor space or ``_``.
-        case: the case that letters are brought to, and the changed ones counted; or "keep" both. 3Di states, as
-            ProstT5 takes them, are "lower". Except with "upper", a literal sequence may have lowercase letters.
+        case: the case that letters are brought to, and the changed ones counted; "keep" both; or refuse all but
+            "capitals". 3Di states, as ProstT5 takes them, are "lower". With these and "keep", a literal sequence may
+            have lowercase letters.
         prompts: whether ``_`` may stand for residues that a model is to fill in, and ``1`` and ``2`` for the ends of a
             protein, from which a model writes.
+        complexes: whether a record may have any number of chains, ``A:B:C``; pairs are read as such as well.
         on_stop: what an inner ``*`` is: an error, the letter X, or a reason to leave the sequence out. Stops at the end
             of a chain are always removed, and counted.
         strip_gaps: remove ``-`` and ``.`` (aligned FASTA) instead of refusing them.
@@ -78,12 +83,13 @@ def read_records(
     Raises:
         InputError: with all faults of the source, their lines and records, and what to do.
     """
-    collector = Collector(case, on_stop, strip_gaps, duplicates, empty, id, prompts)
+    collector = Collector(case, on_stop, strip_gaps, duplicates, empty, id, prompts, complexes)
     name = "stdin" if source == "-" else os.fspath(source)
     # Path.exists() would raise for a literal sequence that is longer than a path may be.
     if isinstance(source, str) and source != "-" and not os.path.exists(source):  # noqa: PTH110
-        letters, how = ("A-Z", "in capitals, as MKTAYIAK") if case == "upper" else ("A-Za-z", "as letters alone")
-        letters += PROMPT_SIGNS if prompts else ""
+        capitals = case in ("upper", "capitals")
+        letters, how = ("A-Z", "in capitals, as MKTAYIAK") if capitals else ("A-Za-z", "as letters alone")
+        letters += PROMPT_SIGNS if prompts else ":" if complexes else ""
         if not re.fullmatch(rf"(?:[{letters}|*\s-]|<\w+>)+", source):
             hint = f"check the spelling; a literal sequence is written {how}"
             raise InputError(repr(source), [Fault("no such file", hint)])

@@ -24,6 +24,7 @@ class Collector:
     empty: Empty
     naming: Naming
     prompts: bool = False
+    complexes: bool = False
     seen: int = 0
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -60,12 +61,14 @@ class Collector:
         name = self._name(header)
         raw = b"".join(pieces)
         sequence = raw.translate(None, SPACES)
+        if self.complexes:
+            sequence = sequence.replace(b"|", b":")  # a pair is a complex as well
         if len(sequence) != len(raw):
             self.changes["spaces removed in {:,} sequences"] += 1
         problem = NUL_IN_HEADER if "\0" in header else None
         if not problem and (not sequence or sequence.translate(None, ALLOWED[self.case])):  # few have more than letters
             sequence = self._tidy(sequence)
-            problem = find_problem(sequence, self.case, self.prompts)
+            problem = find_problem(sequence, self.case, self.prompts, self.complexes)
         if problem:
             if problem.position >= 0 and first:
                 line = self._line_of(problem.position, sequence, pieces, first)
@@ -118,9 +121,10 @@ class Collector:
         if self.strip_gaps and (gaps := sequence.count(b"-") + sequence.count(b".")):
             self.changes["{:,} gaps (- or .) removed"] += gaps
             sequence = sequence.translate(None, GAPS)
-        if sequence.endswith(b"*") or b"*|" in sequence:
+        between = self._between
+        if sequence.endswith(b"*") or b"*" + between in sequence:
             self.changes["terminal stops (*) removed from {:,} sequences"] += 1
-            sequence = b"|".join(chain.rstrip(b"*") for chain in sequence.split(b"|"))
+            sequence = between.join(chain.rstrip(b"*") for chain in sequence.split(between))
         sequence = self._recase(sequence)
         if self.on_stop == "X" and b"*" in sequence:
             self.changes["{:,} inner stops (*) read as X"] += sequence.count(b"*")
@@ -131,7 +135,7 @@ class Collector:
         """All letters in the wanted case, those of tokens as they were."""
         lower = self.case == "lower"
         change = bytes.lower if lower else bytes.upper
-        if self.case == "keep" or sequence == change(sequence):
+        if self.case in ("keep", "capitals") or sequence == change(sequence):
             return sequence
         parts = TOKEN.split(sequence)
         parts[::2] = map(change, parts[::2])
@@ -141,10 +145,17 @@ class Collector:
             self.changes[f"{{:,}} {what}"] += changed
         return recased
 
+    @property
+    def _between(self) -> bytes:
+        """What stands between two chains."""
+        return b":" if self.complexes else b"|"
+
     def _line_of(self, position: int, sequence: bytes, pieces: list[bytes], first: int) -> int:
         """The line that holds a position of the tidied `sequence`, whose `pieces` begin at line `first`."""
         dropped = SPACES + GAPS if self.strip_gaps else SPACES
         kept = [piece.translate(None, dropped) for piece in pieces]
-        if position > (bar := sequence.find(b"|")):
-            position += b"".join(kept).find(b"|") - bar  # the stops that the heavy chain ended with; else 0
+        given = b"".join(kept).replace(b"|", self._between).split(self._between)
+        tidied, before = sequence.split(self._between), sequence.count(self._between, 0, position)
+        # The stops that the chains before it ended with; else 0
+        position += sum(map(len, given[:before])) - sum(map(len, tidied[:before]))
         return next(line for line, end in enumerate(itertools.accumulate(map(len, kept)), first) if position < end)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Case = Literal["upper", "lower", "keep"]
+Case = Literal["upper", "capitals", "lower", "keep"]
 OnStop = Literal["error", "X", "skip"]
 Duplicates = Literal["suffix", "error", "first"]
 Empty = Literal["error", "skip"]
@@ -28,13 +28,13 @@ class Record:
 
     @property
     def chains(self) -> tuple[str, ...]:
-        """The sequence alone, or heavy and light chain."""
-        return tuple(self.sequence.split("|"))
+        """The sequence alone, heavy and light chain, or the chains of a complex."""
+        return tuple(self.sequence.replace(":", "|").split("|"))
 
     @property
     def length(self) -> int:
-        """Residues, of both chains if there are two; a token such as ``<mask>`` is one."""
-        return len(TOKEN.sub(b"X", self.sequence.encode())) - self.sequence.count("|")
+        """Residues, of all chains if there are several; a token such as ``<mask>`` is one."""
+        return len(TOKEN.sub(b"X", self.sequence.encode())) - len(self.chains) + 1
 
 
 @dataclass(frozen=True)
