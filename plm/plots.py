@@ -1,6 +1,7 @@
 """Drawings. Needs matplotlib: ``pip install 'plm-torch[plot]'``."""
 
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ TITLE_LIMIT = 40  # characters, as wide as the map
 RESIDUES = "GAVLIMCPFYWSTNQHKRDE"  # small, hydrophobic, aromatic, polar, charged
 WRAP = 80  # positions side by side
 CELL = 0.14  # inches
+# From which pLDDT on AlphaFold's database calls a residue very sure, sure, unsure and very unsure, and its colours.
+BANDS = ((90, "#0053D6"), (70, "#65CBF3"), (50, "#FFDB13"), (0, "#FF7D45"))
+MOST_ERROR = 31.75  # Å, the largest that ESMFold can predict
 
 
 def draw_contacts(
@@ -102,3 +106,64 @@ def draw_scan(
     figure.text(left / width, 1 - 0.32 / height, subtitle, fontsize=9, color="0.4", va="top", parse_math=False)
     dpi = min(200.0, 60_000 / height)  # a PNG ends at 65,535 pixels
     figure.savefig(path, format="png", dpi=dpi, metadata=dict(metadata or {}))
+
+
+def draw_confidence(
+    plddt: npt.ArrayLike,
+    pae: npt.ArrayLike,
+    path: str | Path,
+    *,
+    chains: Mapping[str, int] | None = None,
+    title: str,
+    subtitle: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Draw how sure a predicted structure is as a PNG file.
+
+    On the left pLDDT ``[L]`` (0 to 100) along the residues, on AlphaFold's bands; on the right PAE ``[L, L]`` in Å,
+    dark green for 0: the error expected of the residue in a column once that in the row is aligned. ``chains`` says of
+    several how many residues each has, under its name; lines mark where one ends.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    values, errors = np.asarray(plddt), np.asarray(pae)
+    length = len(values)
+    first, last = 0.5, length + 0.5
+    names, counts = zip(*(chains or {"": length}).items(), strict=True)
+    spans = list(pairwise(accumulate(counts, initial=0)))
+    figure = Figure(figsize=(11.5, 5), layout="compressed")
+    line, map = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    top = 100.0
+    for least, colour in BANDS:
+        line.axhspan(least, top, color=colour, alpha=0.22, linewidth=0)
+        top = least
+    for start, stop in spans:
+        residues = range(start + 1, stop + 1)
+        line.plot(residues, values[start:stop], color="0.15", linewidth=1.2, marker="." if length == 1 else None)
+    line.set(xlim=(first, last), ylim=(0, 100), yticks=[0, *(least for least, _ in BANDS[:-1]), 100])
+    line.set_ylabel("pLDDT")
+    image = map.imshow(
+        errors, cmap="Greens_r", vmin=0, vmax=MOST_ERROR, origin="upper", extent=(first, last, last, first)
+    )
+    map.set_ylabel("aligned residue")
+    for axes, name in ((line, "residue"), (map, "scored residue")):
+        axes.set_xlabel(name)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+        for number, (start, stop) in enumerate(spans if len(spans) > 1 else ()):
+            if number:
+                axes.axvline(start + 0.5, color="0.15", linewidth=0.8)
+            middle = (start + stop) / (2 * length)
+            axes.text(middle, 1.01, names[number], transform=axes.transAxes, ha="center", va="bottom", fontsize=8)
+    map.yaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    for start, _ in spans[1:]:
+        map.axhline(start + 0.5, color="0.15", linewidth=0.8)
+    bar = figure.colorbar(image, ax=map, fraction=0.046, pad=0.03)
+    bar.set_label("expected error (Å)")
+    bar.outline.set_visible(False)
+    short = title if len(title) <= TITLE_LIMIT else f"{title[: TITLE_LIMIT - 1]}…"
+    line.set_title(short, loc="left", fontsize=11, fontweight="bold", pad=30, parse_math=False)
+    line.annotate(
+        subtitle, (0, 1), (0, 18), "axes fraction", "offset points", fontsize=9, color="0.4", parse_math=False
+    )
+    figure.savefig(path, format="png", dpi=150, metadata=dict(metadata or {}))

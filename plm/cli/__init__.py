@@ -18,6 +18,7 @@ from plm.cli.convert import convert
 from plm.cli.doctor import doctor
 from plm.cli.embed import embed
 from plm.cli.errors import Code, code_of, message_of
+from plm.cli.fold import fold
 from plm.cli.generate import generate
 from plm.cli.models import models
 from plm.cli.score import score
@@ -37,7 +38,7 @@ def cli() -> None:
     """Protein language models: embeddings, scores, new sequences and more from published checkpoints."""
 
 
-for command in (models, embed, contacts, score, variants, generate, annotate, convert, verify, doctor):
+for command in (models, embed, contacts, score, variants, generate, annotate, fold, convert, verify, doctor):
     cli.add_command(command)
 
 

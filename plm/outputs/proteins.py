@@ -1,0 +1,138 @@
+"""A folder with a few files per protein and an index, filled one protein at a time and gone on with after a break.
+
+Every file appears whole or not at all, and holds a fingerprint of all that decides what is in it: who finds the wanted
+fingerprint in a file need not make it again.
+
+    pandas.read_csv("out/fold.csv")                     # id, file, length, chains, mean_plddt, ptm, ...
+"""
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from plm.outputs.target import FileTarget, OutputError, explained
+from plm.outputs.writer import safe_names
+
+COLUMNS = ("id", "file", "length", "chains", "mean_plddt", "ptm", "seconds", "fingerprint")
+INDEX = "fold.csv"
+NAME_BYTES = 200  # file systems take 255, suffix and temporary names included
+# How a file of each kind ends: one that was cut off by other hands than ours is not whole.
+ENDS = {".pdb": b"END\n", ".cif": b"#\n", ".json": b"}\n", ".png": b"IEND\xaeB`\x82"}
+PEEK = 65_536  # bytes at either end of a file, where fingerprints are
+SHOWN = 5
+
+Row = Mapping[str, object]
+
+
+class ProteinFolder:
+    """Files are named after ids, as far as these can be file names; ``name`` has an entry for each id."""
+
+    def __init__(self, path: str | os.PathLike[str], ids: Sequence[str], *, overwrite: bool) -> None:
+        """Refuse what would fail after hours. Nothing is made before ``open``.
+
+        Raises: OutputError if the folder is none, cannot be made, or holds a `fold.csv` that is none of ours.
+        """
+        self.path, self.overwrite = Path(path), overwrite
+        self.names = dict(zip(ids, safe_names(ids, NAME_BYTES), strict=True))
+        folder = self.path if self.path.exists() else self.path.absolute().parent
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(
+                f"cannot write {self.path}: it is a file, and proteins need a folder; choose another name"
+            )
+        FileTarget(folder / ".plm", overwrite=True, size=0)  # raises where no file can be made
+        self._rows = self._read_index()
+
+    def renamed(self) -> list[str]:
+        """``id -> name`` for every id that is no file name, or that another one hides where case does not count."""
+        return [f"{id} -> {name}" for id, name in self.names.items() if id != name]
+
+    def file(self, id: str, suffix: str) -> Path:
+        return self.path / f"{self.names[id]}{suffix}"
+
+    def has(self, id: str, suffix: str, fingerprint: str) -> bool:
+        """Whether the file is there and whole, and has the fingerprint in it."""
+        path = self.file(id, suffix)
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            head = file.read(PEEK)
+            file.seek(max(0, path.stat().st_size - PEEK))
+            end = file.read()
+        return fingerprint.encode() in head + end and end.endswith(ENDS[suffix])
+
+    def check_free(self, wanted: Iterable[tuple[str, str, str]]) -> None:
+        """Raises: OutputError naming the files of ``wanted`` (id, suffix, fingerprint) that hold something else."""
+        if self.overwrite:
+            return
+        odd = [
+            self.file(id, suffix).name
+            for id, suffix, fingerprint in wanted
+            if self.file(id, suffix).exists() and not self.has(id, suffix, fingerprint)
+        ]
+        if odd:
+            more = f" and {len(odd) - SHOWN:,} more" if len(odd) > SHOWN else ""
+            raise OutputError(
+                f"{self.path} holds {', '.join(odd[:SHOWN])}{more}, made from another sequence, model or setting, or "
+                "not by plm fold; choose another folder or pass --overwrite"
+            )
+
+    def open(self) -> None:
+        """Make the folder."""
+        self.path.mkdir(exist_ok=True)
+
+    def write(self, id: str, suffix: str, content: bytes) -> None:
+        """A file of a protein, in the place of any other."""
+        write_whole(self.file(id, suffix), content)
+
+    def draw(self, id: str, suffix: str, draw: Callable[[Path], None]) -> None:
+        """The same for what ``draw`` writes to a path."""
+        fill_whole(self.file(id, suffix), draw)
+
+    def row(self, id: str) -> dict[str, str]:
+        """What the index says of a protein; nothing if it says nothing."""
+        return self._rows.get(self.names[id], {})
+
+    def add_row(self, row: Row) -> None:
+        """Say of a protein what `COLUMNS` name, and write the index anew."""
+        self._rows[self.names[str(row["id"])]] = {name: str(row[name]) for name in COLUMNS}
+        self.write_index()
+
+    def write_index(self) -> None:
+        """In input order; then what earlier runs with other inputs have left here."""
+        names = list(dict.fromkeys([*self.names.values(), *self._rows]))
+        text = io.StringIO()
+        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(self._rows[name] for name in names if name in self._rows)
+        write_whole(self.path / INDEX, text.getvalue().encode())
+
+    def _read_index(self) -> dict[str, dict[str, str]]:
+        path = self.path / INDEX
+        if not path.exists():
+            return {}
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            table = csv.DictReader(file)
+            if tuple(table.fieldnames or ()) == COLUMNS:
+                rows = [row for row in table if row["file"] and (self.path / row["file"]).is_file()]
+                return {Path(row["file"]).stem: row for row in rows}
+        if not self.overwrite:
+            raise OutputError(f"{path} was not written by plm fold; choose another folder or pass --overwrite")
+        return {}
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears when it is complete. Raises: OutputError."""
+    fill_whole(path, lambda temporary: temporary.write_bytes(content), len(content))
+
+
+def fill_whole(path: Path, fill: Callable[[Path], object], size: int = 0) -> None:
+    """The same for what ``fill`` writes to a path."""
+    target = FileTarget(path, overwrite=True, size=size)
+    try:
+        with explained(target):
+            fill(target.temporary)
+            target.commit()
+    finally:
+        target.discard()
