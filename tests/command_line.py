@@ -21,6 +21,7 @@ from plm_weights import write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "esm"
 ESM2, ESM1B = str(GOLDEN / "esm2_tiny"), str(GOLDEN / "esm1b_tiny")  # rotary; learned positions, at most 1,022 residues
+FOLDS = str(GOLDEN.parent / "esmfold" / "a_hub_layout")  # an ESMFold
 PROTEINS = {"P1": "MKTAYIAKQRQISFVKSHFSRQ", "P2": "M", "P3": "MXBUZO" + "ACDEFGHIKLNPQRSTVWY" * 3}
 KNOWN = PROTEINS | {"P3": PROTEINS["P3"].replace("MXBUZO", "MXU")}  # to ProteinBERT, which has no B, Z and O
 SEQUENCE = PROTEINS["P1"]

@@ -126,7 +126,7 @@ function drawMap(canvas, protein) {
   return (place, from) => Math.floor((place - from) / size * length);
 }
 
-/** Tell what lies under the pointer. */
+/** Bring the page to life. */
 function start() {
   const element = (id) => document.getElementById(id);
   const body = document.querySelector("tbody");

@@ -1,0 +1,444 @@
+"""``plm fold``: files, index, going on after a break, failures, and exit codes. The model is tiny and random."""
+
+import csv
+import json
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from command_line import ESM2, FOLDS, Plm, no_model_is_loaded, outputs
+from test_cli_signals import start
+
+import plm
+from plm.cli.job import Job
+from plm.esmfold.config import Config, StructureConfig
+from plm.esmfold.cost import operations
+from plm.outputs.proteins import COLUMNS, ENDS
+
+PROTEINS = {"P1": "MKTAYIAKQR", "P2": "MKTWYF:GSHML", "P3": "ACX"}
+FASTA = "".join(f">{id} of some organism\n{sequence}\n" for id, sequence in PROTEINS.items())
+FILES = ["P1.pdb", "P2.pdb", "P3.pdb", "fold.csv"]
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> str:
+    (tmp_path / "in.fasta").write_text(FASTA)
+    return "in.fasta"
+
+
+@pytest.fixture(scope="module")
+def model() -> plm.Model:
+    return plm.load(FOLDS)
+
+
+def index(folder: str = "out") -> list[dict[str, str]]:
+    with (Path(folder) / "fold.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def written(folder: str = "out") -> list[str]:
+    return outputs(Path(folder))
+
+
+def atoms(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("ATOM")]
+
+
+# -- what is written
+
+
+def test_structures_are_those_of_python(run: Plm, fasta: str, model: plm.Model) -> None:
+    code, out, err = run("fold", fasta, "-m", FOLDS, "-o", "out")
+    assert (code, out) == (0, "") and written() == FILES
+    for id, structure in zip(PROTEINS, plm.fold(model, PROTEINS.values()), strict=True):
+        text = Path(f"out/{id}.pdb").read_text()
+        assert atoms(text) == atoms(structure.to_pdb(numbering="chain")) and text.endswith("END\n")
+        assert f"mean pLDDT {structure.mean_plddt:.2f}" in text and f"pTM {structure.ptm:.4f}" in text
+    lines = err.splitlines()
+    assert [line.partition(":")[0] for line in lines[:-1]] == ["P2", "P1", "P3"]  # the longest with its linker first
+    assert lines[0].startswith("P2: 11 residues in 2 chains, mean pLDDT ") and lines[0].endswith(" left")
+    assert lines[-1].startswith("3 proteins, 24 residues in ") and lines[-1].endswith(" with a_hub_layout -> out")
+
+
+def test_mmcif_and_numbers_as_the_model_was_told(run: Plm, fasta: str, model: plm.Model) -> None:
+    argv = ("--format", "cif", "--numbering", "index", "--recycles", "0", "--linker", "GG", "--residue-gap", "9")
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out", "--chunk", "4", *argv).code == 0
+    structure = plm.fold(model, PROTEINS["P2"], recycles=0, linker="GG", residue_gap=9, chunk=4)[0]
+    text = Path("out/P2.cif").read_text()
+    assert written() == [name.replace("pdb", "cif") for name in FILES]
+    assert atoms(text) == atoms(structure.to_mmcif(numbering="index")) and len(atoms(text)) > 50
+    assert [row["file"] for row in index()] == ["P1.cif", "P2.cif", "P3.cif"]
+    gemmi = pytest.importorskip("gemmi")
+    block = gemmi.cif.read("out/P2.cif").sole_block()
+    assert block.find_value("_plm.fingerprint") == index()[1]["fingerprint"]
+
+
+def test_the_index(run: Plm, fasta: str, model: plm.Model) -> None:
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    rows = index()
+    assert tuple(rows[0]) == COLUMNS and [row["id"] for row in rows] == list(PROTEINS)
+    assert [(row["length"], row["chains"]) for row in rows] == [("10", "1"), ("11", "2"), ("3", "1")]
+    for row, structure in zip(rows, plm.fold(model, PROTEINS.values()), strict=True):
+        assert row["mean_plddt"] == f"{structure.mean_plddt:.2f}" and row["ptm"] == f"{structure.ptm:.4f}"
+        assert float(row["seconds"]) >= 0 and row["fingerprint"] in Path("out", row["file"]).read_text()
+
+
+def test_json_has_confidence_and_provenance(run: Plm, fasta: str, model: plm.Model) -> None:
+    code, out, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json", "--quiet")
+    assert (code, err) == (0, "") and written() == sorted([*FILES, "P1.json", "P2.json", "P3.json"])
+    summary = json.loads(out)
+    assert (summary["proteins"], summary["residues"], summary["skipped"], summary["failed"]) == (3, 24, 0, [])
+    assert summary["results"] == [
+        {"id": row["id"], "file": row["file"], "length": int(row["length"]), "chains": int(row["chains"])}
+        | {name: float(row[name]) for name in ("mean_plddt", "ptm", "seconds")}
+        | {"fingerprint": row["fingerprint"]}
+        for row in index()
+    ]
+    structure = plm.fold(model, PROTEINS["P2"])[0]
+    told = json.loads(Path("out/P2.json").read_text())
+    assert told["chains"] == {"A": "MKTWYF", "B": "GSHML"} and told["max_pae"] == 31.75
+    # Hundredths, as they are rounded to
+    torch.testing.assert_close(torch.tensor(told["plddt"]), structure.residue_plddt, rtol=0, atol=0.00501)
+    torch.testing.assert_close(torch.tensor(told["pae"]), structure.pae, rtol=0, atol=0.00501)
+    assert told["ptm"] == round(structure.ptm, 4) and told["settings"]["recycles"] == 3
+    assert told["provenance"]["model"] == "a_hub_layout" and told["provenance"]["sha256"]
+
+
+def test_hidden_residues_are_those_of_the_seed(run: Plm, fasta: str, model: plm.Model) -> None:
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert run("fold", fasta, "-m", FOLDS, "-o", folder, "--hide", "0.5", "--seed", seed).code == 0
+    one, again, other = (atoms(Path(folder, "P1.pdb").read_text()) for folder in "abc")
+    assert one == again and one != other
+    assert one != atoms(plm.fold(model, PROTEINS["P1"])[0].to_pdb())
+    assert "hide 0.5, seed 1" in " ".join(Path("a/P1.pdb").read_text().split()).replace("REMARK 6 ", "")
+
+
+# -- names
+
+
+def test_names_stay_in_the_folder_and_apart(run: Plm, tmp_path: Path) -> None:
+    ids = ["../../etc/passwd", "a/b", "A_B", "sp|P1|X", ".hidden", "ä" * 150]
+    (tmp_path / "in.fasta").write_text("".join(f">{id}\nMKT\n" for id in ids))
+    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out")
+    assert code == 0 and outputs(tmp_path) == ["in.fasta", "out"]
+    rows = index()
+    assert [row["id"] for row in rows] == ids
+    names = [row["file"] for row in rows]
+    assert names[:5] == ["_._.._etc_passwd.pdb", "a_b.pdb", "A_B.2.pdb", "sp|P1|X.pdb", "_hidden.pdb"]
+    assert len(names[5].encode()) < 210 and written() == sorted([*names, "fold.csv"])
+    assert "files are named otherwise than ids: ../../etc/passwd -> _._.._etc_passwd, a/b -> a_b, A_B -> A_B.2" in err
+
+
+def test_the_same_names_in_every_run(run: Plm, tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMKT\n>A\nGSH\n")
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
+    assert "2 proteins are in out already" in run("fold", "in.fasta", "-m", FOLDS, "-o", "out").err
+
+
+# -- going on
+
+
+def test_what_is_there_is_not_folded_again(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    before = {name: Path("out", name).read_bytes() for name in FILES}
+    Path("out/P2.pdb").unlink()
+    code, out, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json", "--quiet")
+    assert code == 0 and json.loads(out)["skipped"] == 0  # the JSON is wanted now
+    Path("out/P2.pdb").unlink()
+    code, out, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json")
+    summary = json.loads(out)
+    assert (code, summary["proteins"], summary["skipped"]) == (0, 1, 2)
+    assert err.startswith("Note: 2 proteins are in out already, and not folded again\nP2: ")
+    assert [result["id"] for result in summary["results"]] == list(PROTEINS)
+    assert all(Path("out", name).read_bytes() == before[name] for name in FILES[:3])
+    nothing_left(monkeypatch)
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--quiet", "--overwrite")
+    assert (code, err) == (0, "")
+
+
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fold_rows(model: plm.Model, proteins: list[object], **options: object) -> list[object]:
+        assert proteins == []
+        return []
+
+    monkeypatch.setattr("plm.cli.folded.fold_rows", fold_rows)
+
+
+def test_an_index_that_was_lost_is_made_anew(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    before = index()
+    Path("out/fold.csv").unlink()
+    nothing_left(monkeypatch)
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    assert index() == [{**row, "seconds": ""} for row in before]
+
+
+def test_the_index_keeps_what_other_inputs_left(run: Plm, fasta: str, tmp_path: Path) -> None:
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    (tmp_path / "more.fasta").write_text(">P0\nMKT\n")
+    assert run("fold", "more.fasta", "-m", FOLDS, "-o", "out").code == 0
+    assert [row["id"] for row in index()] == ["P0", *PROTEINS]
+    Path("out/P1.pdb").unlink()
+    assert run("fold", "more.fasta", "-m", FOLDS, "-o", "out").code == 0  # nothing to write: it stays as it was
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out", "--quiet").code == 0
+    assert [row["id"] for row in index()] == [*PROTEINS, "P0"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("--recycles", "0"),
+        ("--numbering", "index"),
+        ("--linker", "GGG"),
+        ("--residue-gap", "0"),
+        ("--dtype", "float64"),
+        ("--hide", "0.5", "--seed", "1"),
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_other_settings_are_never_mixed(
+    run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: tuple[str, ...]
+) -> None:
+    (tmp_path / "in.fasta").write_text(f">P2\n{PROTEINS['P2']}\n")
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
+    before = Path("out/P2.pdb").read_bytes()
+    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out", *other)
+    assert code == 4 and "out holds P2.pdb, made from another" in err and "--overwrite" in err
+    assert Path("out/P2.pdb").read_bytes() == before
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--overwrite", *other).code == 0
+    assert Path("out/P2.pdb").read_bytes() != before and len(index()) == 1
+
+
+def test_settings_that_change_nothing_are_not_compared(
+    run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory; and for a single chain what joins chains."""
+    (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQR\n")
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
+    nothing_left(monkeypatch)
+    argv = ("--chunk", "3", "--max-tokens", "5", "--linker", "GGG", "--residue-gap", "3", "--seed", "4")
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", *argv).code == 0
+
+
+@pytest.mark.parametrize("what", ["sequence", "weights", "torn", "foreign"])
+def test_a_file_that_is_something_else_is_kept(run: Plm, tmp_path: Path, what: str) -> None:
+    (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQR\n")
+    model = FOLDS
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
+    file = Path("out/P1.pdb")
+    if what == "sequence":
+        (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQW\n")
+    elif what == "weights":
+        model = FOLDS.replace("a_hub_layout", "b_v5_layout_multimer")
+    elif what == "torn":
+        file.write_bytes(file.read_bytes()[:-10])
+    else:
+        file.write_text("HEADER    MINE\nEND\n")
+    before = file.read_bytes()
+    code, _, err = run("fold", "in.fasta", "-m", model, "-o", "out")
+    assert code == 4 and "P1.pdb" in err and "--overwrite" in err and file.read_bytes() == before
+    assert run("fold", "in.fasta", "-m", model, "-o", "out", "--overwrite").code == 0
+    assert file.read_bytes() != before and file.read_bytes().endswith(ENDS[".pdb"])
+
+
+def test_files_of_the_folder_that_are_not_ours(
+    run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_model_is_loaded(monkeypatch)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fold.csv").write_text("mine\n1\n")
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out")
+    assert code == 4 and "fold.csv was not written by plm fold" in err and "--overwrite" in err
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "in.fasta")
+    assert code == 2 and "is the input" in err
+    (tmp_path / "file").touch()
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "file")
+    assert code == 4 and "proteins need a folder" in err
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "no/such/folder")
+    assert code == 4 and "create it first" in err
+
+
+# -- failures
+
+
+def test_some_fail_and_the_others_are_written(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P2 does not fit into memory, P3 gives a NaN."""
+    whole = plm.folding.fold_in_pieces
+
+    def fold_in_pieces(model: plm.Model, chains: Any, *rest: Any) -> Any:
+        if chains.letters.startswith("MKTWYF"):
+            raise MemoryError("36 residues do not fit")
+        found, rows = whole(model, chains, *rest)
+        return (replace(found, plddt=found.plddt * torch.nan) if chains.letters == "ACX" else found), rows
+
+    with monkeypatch.context() as patched:
+        patched.setattr("plm.folding.fold_in_pieces", fold_in_pieces)
+        code, out, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json")
+    summary = json.loads(out)
+    assert code == 3 and written() == ["P1.json", "P1.pdb", "fold.csv"] and summary["proteins"] == 1
+    assert [failed["id"] for failed in summary["failed"]] == ["P2", "P3"]
+    failed = [line for line in err.splitlines() if line.startswith("Failed: ")]
+    assert failed[0] == "Failed: line 3, record 2 'P2': 36 residues do not fit"
+    assert failed[1].startswith("Failed: line 5, record 3 'P3': ") and "nan" in failed[1].lower()
+    assert err.endswith("; 2 failed\n")
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0 and written() == sorted(["P1.json", *FILES])
+
+
+def test_coordinates_that_have_no_room_fail_alone(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plm.folding.fold_in_pieces
+
+    def fold_in_pieces(model: plm.Model, chains: Any, *rest: Any) -> Any:
+        found, rows = whole(model, chains, *rest)
+        return (replace(found, positions=found.positions * 1e5) if chains.letters == "ACX" else found), rows
+
+    monkeypatch.setattr("plm.folding.fold_in_pieces", fold_in_pieces)
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out")
+    assert code == 3 and "record 3 'P3': a PDB file has no room for" in err and written() == [*FILES[:2], "fold.csv"]
+
+
+def test_progress_is_weighed_by_cost(run: Plm, fasta: str, model: plm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what failed is done with."""
+    bars = []
+
+    class Bar:
+        def __init__(self, job: Job, total: int, unit: str) -> None:
+            self.total, self.unit = total, unit
+            self.steps: list[int] = []
+            bars.append(self)
+
+        def update(self, step: int) -> None:
+            self.steps.append(step)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            """Nothing is open."""
+
+    monkeypatch.setattr(Job, "bar", lambda job, total, unit: Bar(job, total, unit))
+    whole = plm.folding.fold_in_pieces
+
+    def fold_in_pieces(model: plm.Model, chains: Any, *rest: Any) -> Any:
+        if chains.letters == "ACX":
+            raise MemoryError("too long")
+        return whole(model, chains, *rest)
+
+    monkeypatch.setattr("plm.folding.fold_in_pieces", fold_in_pieces)
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out", "--recycles", "1").code == 3
+    cost = [operations(model.net.config, length, 2) for length in (11 + 25, 10, 3)]
+    assert [(bar.total, bar.unit, bar.steps) for bar in bars] == [(sum(cost), "FLOP", cost)]
+
+
+def test_cost_of_the_published_model() -> None:
+    """Against what was counted at published sizes: 10^12 operations, 4 passes, without the language model."""
+    stem = {"layers": 36, "channels": 2560, "feed_forward": 10240}
+    structure = StructureConfig(384, 128, 8, 12, 16, 4, 8, 1, 128, 2)
+    config = Config(stem, 48, 1024, 128, 32, 32, 32, 4, 128, structure)
+    alone = {length: operations(config, length, 0) for length in (1, 128, 256, 384, 512, 1024)}
+    assert alone[1] == pytest.approx(5.7e9, rel=0.01)
+    for length, counted in ((128, 4.5), (256, 19), (384, 48), (512, 94), (1024, 529)):
+        # Two digits were noted
+        assert operations(config, length, 4) - alone[length] == pytest.approx(counted * 1e12, rel=0.03)
+
+
+def test_a_bar_on_a_terminal(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    err = run("fold", fasta, "-m", FOLDS, "-o", "out").err
+    assert " FLOP/s]" in err and "P1: 10 residues" not in err
+
+
+# -- bad input and options
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (">a\nMKT\n>b\nMKtay\n", "record 2 'b': 't' at position 3"),
+        (">a\nMK7\n", "record 1 'a': '7' at position 3"),
+        (">a\nMKT::GSH\n", "record 1 'a': chain 2 of 3 is empty"),
+        (">a\nMKT:\n", "record 1 'a': chain 2 of 2 is empty"),
+        (">a\n\n", "record 1 'a': empty sequence"),
+    ],
+)
+def test_bad_input(run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, told: str) -> None:
+    no_model_is_loaded(monkeypatch)
+    (tmp_path / "in.fasta").write_text(content)
+    code, out, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out")
+    assert (code, out) == (4, "") and told in err and "What to do: " in err
+    assert outputs(tmp_path) == ["in.fasta"]
+
+
+def test_what_the_model_or_the_file_does_not_take(run: Plm, tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMK<mask>T\n")
+    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out")
+    assert code == 4 and "line 1, record 1 'a': character '<' at position 3" in err
+    (tmp_path / "in.fasta").write_text(f">a\n{':'.join('M' * 63)}\n>b\n{':'.join('M' * 20)}\n")
+    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--numbering", "index")
+    assert code == 4 and "'a': 63 chains, and a PDB file has letters for 62" in err and "--format cif" in err
+    assert "'b': residues up to 10,223" in err and "--numbering chain" in err
+    assert outputs(tmp_path) == ["in.fasta"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ((), "add -o out/"),
+        (("-o", "out", "--format", "xyz"), "--format"),
+        (("-o", "out", "--recycles", "-1"), "--recycles"),
+        (("-o", "out", "--chunk", "0"), "'0' is no number of rows"),
+        (("-o", "out", "--chunk", "many"), "'many' is no number of rows"),
+        (("-o", "out", "--linker", "G1"), "--linker"),
+        (("-o", "out", "--residue-gap", "-5"), "--residue-gap"),
+        (("-o", "out", "--numbering", "pdb"), "--numbering"),
+        (("-o", "out", "--hide", "2", "--seed", "1"), "--hide"),
+        (("-o", "out", "--hide", "0.1"), "add --seed"),
+    ],
+)
+def test_usage(run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], told: str) -> None:
+    no_model_is_loaded(monkeypatch)
+    code, out, err = run("fold", "MKT", "-m", FOLDS, *argv)
+    assert (code, out) == (2, "") and told in err and outputs(tmp_path) == []
+
+
+def test_models(run: Plm, tmp_path: Path) -> None:
+    code, _, err = run("fold", "MKT", "-o", "out")
+    assert code == 2 and "-m: esmfold" in err
+    code, _, err = run("fold", "MKT", "-m", ESM2, "-o", "out")
+    assert code == 5 and "predicts no structures" in err and outputs(tmp_path) == []
+
+
+def test_written_out_choices_are_those_of_the_library() -> None:
+    from plm.cli import fold
+    from plm.esmfold.chains import LINKER, RESIDUE_GAP
+    from plm.structures import Numbering
+
+    given = {option.name: option for option in fold.params}
+    assert (given["linker"].default, given["residue_gap"].default) == (LINKER, RESIDUE_GAP)
+    assert set(given["numbering"].type.choices) == set(get_args(Numbering))
+
+
+# -- interruption
+
+
+def test_interrupted_and_gone_on_with(run: Plm, tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text("".join(f">{i}\n{'ACDEFGHIKLMNPQRSTVWY' * 2}\n" for i in range(2000)))
+    process = start(tmp_path, "fold", "in.fasta", "-o", "out", "-q", model=FOLDS)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("*.pdb"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    there = sorted(path.stem for path in (tmp_path / "out").glob("*.pdb"))
+    told = f"{len(there)} of 2,000 proteins are in out; the same command goes on with the others.\n"
+    assert (process.returncode, out, err) == (130, "", f"{told}Error: interrupted\n")
+    assert written() == sorted([*(f"{id}.pdb" for id in there), "fold.csv"])
+    assert all(Path("out", f"{id}.pdb").read_bytes().endswith(b"END\n") for id in there)
+    records = [*there, "1999"]
+    (tmp_path / "in.fasta").write_text("".join(f">{id}\n{'ACDEFGHIKLMNPQRSTVWY' * 2}\n" for id in records))
+    code, out, _ = run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--quiet")
+    assert (code, out) == (0, "") and sorted(row["id"] for row in index()) == sorted(records)
