@@ -17,7 +17,7 @@ from command_line import ESM2, PROTEINS, SEQUENCE, Plm, no_model_is_loaded, outp
 from safetensors.torch import load_file
 
 import plm
-from plm.cli import annotate, contacts, convert, embed, generate, options, score
+from plm.cli import annotate, contacts, convert, embed, fold, generate, options, score
 from plm.cli.table import table
 from plm.outputs import FORMATS, read_embeddings
 
@@ -29,11 +29,13 @@ def test_help_and_usage_errors_come_without_torch() -> None:
     program = """
 import sys
 from plm.cli import main
-verbs = ("models", "embed", "contacts", "score", "generate", "annotate", "convert", "verify", "doctor")
-assert [main([verb, "--help"]) for verb in verbs] == [0] * 9
+verbs = ("models", "embed", "contacts", "score", "generate", "annotate", "fold", "convert", "verify", "doctor")
+assert [main([verb, "--help"]) for verb in verbs] == [0] * 10
 assert main(["--help"]) == main(["--version"]) == 0
 assert [main(["nonsense"]), main(["embed", "MKT"]), main(["embed", "MKT", "-m", "x", "--dtype", "int4"])] == [2] * 3
 assert main(["embed", "MKT", "-m", "x"]) == main(["contacts", "MKT", "-m", "x"]) == 2
+assert main(["fold", "MKT", "-m", "x"]) == main(["fold", "MKT", "-m", "x", "-o", "out", "--hide", "0.1"]) == 2
+assert main(["fold", "mkt", "-m", "x", "-o", "out"]) == main(["fold", "no/such.fasta", "-m", "x", "-o", "out"]) == 4
 assert main(["score", "MKT"]) == main(["generate", "MKT", "-m", "x", "--top-p", "2"]) == 2
 assert main(["embed", "no/such.fasta", "-m", "x", "--pool", "mean"]) == main(["generate", "no/such", "-m", "x"]) == 4
 assert not {"torch", "numpy", "huggingface_hub"} & set(sys.modules), "imported too early"
@@ -45,13 +47,16 @@ assert not {"torch", "numpy", "huggingface_hub"} & set(sys.modules), "imported t
 def test_written_out_choices_are_those_of_the_library() -> None:
     from plm.conversion import Form
     from plm.embedding import Pool
+    from plm.esmfold import chains
     from plm.loading import DTYPES, EIGHT_BIT
+    from plm.outputs.proteins import ENDS
     from plm.outputs.rows import LAYOUTS
     from plm.outputs.writer import DTYPES as STORED
     from plm.scoring import How
+    from plm.structures import Numbering
 
     command_modules = {
-        name: sys.modules[f"plm.cli.{name}"] for name in ("embed", "score", "generate", "annotate", "convert")
+        name: sys.modules[f"plm.cli.{name}"] for name in ("embed", "score", "generate", "annotate", "fold", "convert")
     }
     assert command_modules["embed"].FORMATS == FORMATS
     assert set(command_modules["embed"].STORED) == set(STORED)
@@ -60,12 +65,15 @@ def test_written_out_choices_are_those_of_the_library() -> None:
     annotate = command_modules["annotate"]
     assert set(annotate.LISTS + annotate.VECTORS) == set(FORMATS) - {"esm-pt"} and set(annotate.LISTS) < set(LAYOUTS)
     assert set(command_modules["score"].FORMATS) < set(LAYOUTS) == set(command_modules["generate"].FORMATS)
+    fold = command_modules["fold"]
+    assert {f".{name}" for name in fold.FORMATS} < set(ENDS) and set(fold.NUMBERINGS) == set(get_args(Numbering))
+    assert (fold.LINKER, fold.RESIDUE_GAP) == (chains.LINKER, chains.RESIDUE_GAP)
     assert get_args(Form) == command_modules["convert"].FORMS
     assert ("auto", *DTYPES) == options.DTYPES and (*options.DTYPES, EIGHT_BIT) == options.LOADED
 
 
 @pytest.mark.parametrize(
-    "command", [embed, contacts, score, generate, annotate, convert], ids=lambda command: command.name
+    "command", [embed, contacts, score, generate, annotate, fold, convert], ids=lambda command: command.name
 )
 def test_every_option_has_help(command: click.Command) -> None:
     assert [option.name for option in command.params if isinstance(option, click.Option) and not option.help] == []

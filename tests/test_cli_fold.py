@@ -6,7 +6,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -165,7 +165,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
         assert proteins == []
         return []
 
-    monkeypatch.setattr("plm.cli.folded.fold_rows", fold_rows)
+    monkeypatch.setattr("plm.cli.folding.fold_rows", fold_rows)
 
 
 def test_an_index_that_was_lost_is_made_anew(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,16 +409,6 @@ def test_models(run: Plm, tmp_path: Path) -> None:
     assert code == 2 and "-m: esmfold" in err
     code, _, err = run("fold", "MKT", "-m", ESM2, "-o", "out")
     assert code == 5 and "predicts no structures" in err and outputs(tmp_path) == []
-
-
-def test_written_out_choices_are_those_of_the_library() -> None:
-    from plm.cli import fold
-    from plm.esmfold.chains import LINKER, RESIDUE_GAP
-    from plm.structures import Numbering
-
-    given = {option.name: option for option in fold.params}
-    assert (given["linker"].default, given["residue_gap"].default) == (LINKER, RESIDUE_GAP)
-    assert set(given["numbering"].type.choices) == set(get_args(Numbering))
 
 
 # -- interruption

@@ -69,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.structures": {"torch", "plm.esmfold", "plm.mmcif"},
     "plm.ranks": {"numpy"},
     "plm.plots": {"numpy", "matplotlib", "torch"},
+    "plm.report": {"numpy", "plm.plots"},
     "plm.cli": {"click", "tqdm", "torch", "huggingface_hub", "plm_weights", "plm_kernels", "plm"},
     "plm.__main__": {"plm.cli"},
     "plm": {"torch", "plm_weights", "plm.loading", "plm.models", "plm.esmfold", *BASICS, *VERBS, *FILES},

@@ -88,7 +88,7 @@ def fold(job: Job, layout: str, plot: bool, chunk: "Chunk", hide: float | None, 
         raise click.UsageError("--hide draws residues: add --seed, with which the same ones are drawn again.")
     reading = job.read(complexes=True)
 
-    from plm.cli.folded import How, Run, check_report, with_unknown_letters
+    from plm.cli.folding import How, Run, check_report, with_unknown_letters
     from plm.folding import folding_network, number_of_passes, read_proteins
     from plm.outputs.proteins import ProteinFolder
     from plm.outputs.writer import require

@@ -17,9 +17,10 @@ from typing import TextIO
 import numpy as np
 import numpy.typing as npt
 
+from plm.plots import MOST_ERROR
+
 CELLS = 512  # of the map of PAE in each direction; longer proteins show means of some residues
 UNIT = 1 / 8  # Å per step of PAE as it is stored, in bytes
-MOST_ERROR = 31.75  # Å, the largest that ESMFold can predict
 MARK = '<meta name="generator" content="plm fold">'
 
 
@@ -59,13 +60,15 @@ def write_report(file: TextIO, rows: Sequence[Row], proteins: Iterable[Shown], *
     """Write the page to ``file``. ``proteins`` come in the order of ``rows``, and only one at a time is in memory."""
     here = files(__name__)
     page, style, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
-    viewer = here.joinpath("vendored", "3Dmol-min.js").read_text("utf-8")
+    viewer, licence = (
+        here.joinpath("vendored", name).read_text("utf-8") for name in ("3Dmol-min.js", "3Dmol-LICENSE.txt")
+    )
     told = {"title": html.escape(title), "subtitle": html.escape(subtitle), "style": style}
     file.write(page.format(**told, rows="".join(as_row(i, row) for i, row in enumerate(rows))))
     for i, (_, protein) in enumerate(zip(rows, proteins, strict=True)):
         file.write(f'<script type="application/json" id="p{i}">{as_data(protein)}</script>\n')
-    licence = "3Dmol.js 2.5.5, (c) 2014 University of Pittsburgh and contributors, BSD-3-Clause"
-    file.write(f"<!-- {licence} -->\n<script>{viewer}</script>\n<script>\n{script}</script>\n</body>\n</html>\n")
+    file.write(f"<!-- 3Dmol.js 2.5.5\n{licence}-->\n<script>{viewer}</script>\n")
+    file.write(f"<script>\n{script}</script>\n</body>\n</html>\n")
 
 
 def as_row(number: int, row: Row) -> str:
