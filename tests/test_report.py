@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import FOLDS, Plm, no_model_is_loaded, outputs
 from test_cli_fold import FASTA, PROTEINS, nothing_left
+from torch import nn
 
-from plm.esmfold.confidence import MOST
+from plm.esmfold.confidence import ERRORS, MOST, pair_errors
 from plm.plots import BANDS, MOST_ERROR, draw_confidence
 from plm.report import CELLS, UNIT, Row, Shown, coarse, write_report
 
@@ -155,7 +157,12 @@ def test_a_picture_of_two_chains(tmp_path: Path) -> None:
 
 
 def test_the_largest_error_is_that_of_the_model() -> None:
-    assert MOST == MOST_ERROR
+    """A head that is sure of the last bin."""
+    head = nn.Linear(1, ERRORS).requires_grad_(False)
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, -1e4)
+    head.bias[-1] = 0
+    assert pair_errors(head, torch.zeros(2, 2, 1), 2).expected.tolist() == [[MOST_ERROR] * 2] * 2 and MOST == MOST_ERROR
 
 
 # -- plm fold --plot
