@@ -18,6 +18,7 @@ from plm.cli.job import Job
 from plm.esmfold.config import Config, StructureConfig
 from plm.esmfold.cost import operations
 from plm.outputs.proteins import COLUMNS, ENDS
+from plm.outputs.target import FileTarget
 
 PROTEINS = {"P1": "MKTAYIAKQR", "P2": "MKTWYF:GSHML", "P3": "ACX"}
 FASTA = "".join(f">{id} of some organism\n{sequence}\n" for id, sequence in PROTEINS.items())
@@ -128,7 +129,7 @@ def test_names_stay_in_the_folder_and_apart(run: Plm, tmp_path: Path) -> None:
     rows = index()
     assert [row["id"] for row in rows] == ids
     names = [row["file"] for row in rows]
-    assert names[:5] == ["_._.._etc_passwd.pdb", "a_b.pdb", "A_B.2.pdb", "sp|P1|X.pdb", "_hidden.pdb"]
+    assert names[:5] == ["_._.._etc_passwd.pdb", "a_b.pdb", "A_B.2.pdb", "sp_P1_X.pdb", "_hidden.pdb"]
     assert len(names[5].encode()) < 210 and written() == sorted([*names, "fold.csv"])
     assert "files are named otherwise than ids: ../../etc/passwd -> _._.._etc_passwd, a/b -> a_b, A_B -> A_B.2" in err
 
@@ -286,6 +287,24 @@ def test_some_fail_and_the_others_are_written(run: Plm, fasta: str, monkeypatch:
     assert failed[1].startswith("Failed: line 5, record 3 'P3': ") and "nan" in failed[1].lower()
     assert err.endswith("; 2 failed\n")
     assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0 and written() == sorted(["P1.json", *FILES])
+
+
+def test_a_full_disk_leaves_what_is_whole(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P2 is the first; of the second only the JSON could be written."""
+    commit, count = FileTarget.commit, iter(range(100))
+
+    def fails(target: FileTarget) -> None:
+        if next(count) == 4:
+            raise OSError(28, "No space left on device")
+        commit(target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileTarget, "commit", fails)
+        code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json")
+    assert code == 4 and "P1.pdb: No space left on device" in err
+    assert written() == ["P1.json", "P2.json", "P2.pdb", "fold.csv"] and [row["id"] for row in index()] == ["P2"]
+    err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json").err
+    assert "1 protein is in out already" in err and [row["id"] for row in index()] == list(PROTEINS)
 
 
 def test_coordinates_that_have_no_room_fail_alone(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -219,3 +220,10 @@ def test_pages_and_pictures_of_others_are_kept(
     assert code == 4 and "P1.png" in err and outputs(tmp_path / "out") == ["P1.png"]
     assert run("fold", fasta, "-m", FOLDS, "-o", "out", "--plot", "--overwrite").code == 0
     assert (tmp_path / "out" / "P1.png").read_bytes() != b"mine"
+
+
+def test_pictures_need_matplotlib(run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_model_is_loaded(monkeypatch)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--plot")
+    assert code == 4 and "pip install matplotlib" in err and outputs(tmp_path) == ["in.fasta"]

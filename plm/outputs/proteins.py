@@ -9,6 +9,7 @@ fingerprint in a file need not make it again.
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from plm.outputs.writer import safe_names
 
 COLUMNS = ("id", "file", "length", "chains", "mean_plddt", "ptm", "seconds", "fingerprint")
 INDEX = "fold.csv"
+UNFIT = re.compile(r'[<>:"|?*\s]')  # what some file systems do not take in names, and shells take for something else
 NAME_BYTES = 200  # file systems take 255, suffix and temporary names included
 # How a file of each kind ends: one that was cut off by other hands than ours is not whole.
 ENDS = {".pdb": b"END\n", ".cif": b"#\n", ".json": b"}\n", ".png": b"IEND\xaeB`\x82"}
@@ -27,7 +29,7 @@ Row = Mapping[str, object]
 
 
 class ProteinFolder:
-    """Files are named after ids, as far as these can be file names; ``name`` has an entry for each id."""
+    """Files are named after ids, as far as these can be file names; ``names`` has an entry for each id."""
 
     def __init__(self, path: str | os.PathLike[str], ids: Sequence[str], *, overwrite: bool) -> None:
         """Refuse what would fail after hours. Nothing is made before ``open``.
@@ -35,13 +37,13 @@ class ProteinFolder:
         Raises: OutputError if the folder is none, cannot be made, or holds a `fold.csv` that is none of ours.
         """
         self.path, self.overwrite = Path(path), overwrite
-        self.names = dict(zip(ids, safe_names(ids, NAME_BYTES), strict=True))
-        folder = self.path if self.path.exists() else self.path.absolute().parent
+        self.names = dict(zip(ids, safe_names([UNFIT.sub("_", id) for id in ids], NAME_BYTES), strict=True))
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(
                 f"cannot write {self.path}: it is a file, and proteins need a folder; choose another name"
             )
-        FileTarget(folder / ".plm", overwrite=True, size=0)  # raises where no file can be made
+        # Raises where no file can be made.
+        FileTarget(self.path / INDEX if self.path.exists() else self.path, overwrite=True, size=0)
         self._rows = self._read_index()
 
     def renamed(self) -> list[str]:

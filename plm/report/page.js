@@ -130,7 +130,7 @@ function drawMap(canvas, protein) {
 function start() {
   const element = (id) => document.getElementById(id);
   const body = document.querySelector("tbody");
-  let protein, viewer, model, line, map;
+  let protein, viewer, model, line, map, chosen;
 
   element("bands").append("pLDDT", ...BANDS.map(([, colour, text]) => {
     const label = document.createElement("span");
@@ -156,9 +156,17 @@ function start() {
   }
 
   async function choose(row) {
-    const found = await decode(element(row.dataset.of).textContent);
-    protein = found;
+    chosen = row;
     for (const each of body.rows) each.setAttribute("aria-selected", each === row);
+    let found;
+    try {
+      found = await decode(element(row.dataset.of).textContent);
+    } catch (error) {
+      element("name").textContent = `This browser cannot unpack the page: ${error.message}`;
+      return;
+    }
+    if (chosen !== row) return; // another one was chosen meanwhile
+    protein = found;
     element("name").textContent = protein.id;
     element("about").textContent = protein.about;
     line = drawLine(element("line"), protein);
