@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import ESM2, FOLDS, Plm, no_model_is_loaded, outputs
+from safetensors.torch import load_file, save_file
 from test_cli_signals import start
 
 import plm
@@ -234,7 +236,11 @@ def test_a_file_that_is_something_else_is_kept(run: Plm, tmp_path: Path, what: s
     if what == "sequence":
         (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQW\n")
     elif what == "weights":
-        model = FOLDS.replace("a_hub_layout", "b_v5_layout_multimer")
+        model = str(tmp_path / "other")
+        tensors = load_file(Path(FOLDS, "model.safetensors"))
+        tensors["embedding.weight"] *= 2
+        shutil.copytree(FOLDS, model)
+        save_file(tensors, Path(model, "model.safetensors"), {"format": "pt"})
     elif what == "torn":
         file.write_bytes(file.read_bytes()[:-10])
     else:
