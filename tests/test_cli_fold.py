@@ -1,10 +1,7 @@
-"""``plm fold``: files, index, going on after a break, failures, and exit codes. The model is tiny and random."""
+"""``plm fold``: files, names, index, failures, and exit codes. The model is tiny and random."""
 
 import csv
 import json
-import shutil
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from command_line import ESM2, FOLDS, Plm, no_model_is_loaded, outputs
-from safetensors.torch import load_file, save_file
-from test_cli_signals import start
 
 import plm
 from plm.cli.job import Job
 from plm.esmfold.config import Config, StructureConfig
 from plm.esmfold.cost import operations
-from plm.outputs.proteins import COLUMNS, ENDS
+from plm.outputs.proteins import COLUMNS
 from plm.outputs.target import FileTarget
 
 PROTEINS = {"P1": "MKTAYIAKQR", "P2": "MKTWYF:GSHML", "P3": "ACX"}
@@ -142,133 +137,6 @@ def test_the_same_names_in_every_run(run: Plm, tmp_path: Path) -> None:
     assert "2 proteins are in out already" in run("fold", "in.fasta", "-m", FOLDS, "-o", "out").err
 
 
-# -- going on
-
-
-def test_what_is_there_is_not_folded_again(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
-    before = {name: Path("out", name).read_bytes() for name in FILES}
-    Path("out/P2.pdb").unlink()
-    code, out, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json", "--quiet")
-    assert code == 0 and json.loads(out)["skipped"] == 0  # the JSON is wanted now
-    Path("out/P2.pdb").unlink()
-    code, out, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--json")
-    summary = json.loads(out)
-    assert (code, summary["proteins"], summary["skipped"]) == (0, 1, 2)
-    assert err.startswith("Note: 2 proteins are in out already, and not folded again\nP2: ")
-    assert [result["id"] for result in summary["results"]] == list(PROTEINS)
-    assert all(Path("out", name).read_bytes() == before[name] for name in FILES[:3])
-    nothing_left(monkeypatch)
-    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out", "--quiet", "--overwrite")
-    assert (code, err) == (0, "")
-
-
-def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fold_rows(model: plm.Model, proteins: list[object], **options: object) -> list[object]:
-        assert proteins == []
-        return []
-
-    monkeypatch.setattr("plm.cli.folding.fold_rows", fold_rows)
-
-
-def test_an_index_that_was_lost_is_made_anew(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
-    before = index()
-    Path("out/fold.csv").unlink()
-    nothing_left(monkeypatch)
-    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
-    assert index() == [{**row, "seconds": ""} for row in before]
-
-
-def test_the_index_keeps_what_other_inputs_left(run: Plm, fasta: str, tmp_path: Path) -> None:
-    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
-    (tmp_path / "more.fasta").write_text(">P0\nMKT\n")
-    assert run("fold", "more.fasta", "-m", FOLDS, "-o", "out").code == 0
-    assert [row["id"] for row in index()] == ["P0", *PROTEINS]
-    Path("out/P1.pdb").unlink()
-    assert run("fold", "more.fasta", "-m", FOLDS, "-o", "out").code == 0  # nothing to write: it stays as it was
-    assert run("fold", fasta, "-m", FOLDS, "-o", "out", "--quiet").code == 0
-    assert [row["id"] for row in index()] == [*PROTEINS, "P0"]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        ("--recycles", "0"),
-        ("--numbering", "index"),
-        ("--linker", "GGG"),
-        ("--residue-gap", "0"),
-        ("--dtype", "float64"),
-        ("--hide", "0.5", "--seed", "1"),
-    ],
-    ids=lambda argv: argv[0],
-)
-def test_other_settings_are_never_mixed(
-    run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: tuple[str, ...]
-) -> None:
-    (tmp_path / "in.fasta").write_text(f">P2\n{PROTEINS['P2']}\n")
-    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
-    before = Path("out/P2.pdb").read_bytes()
-    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out", *other)
-    assert code == 4 and "out holds P2.pdb, made from another" in err and "--overwrite" in err
-    assert Path("out/P2.pdb").read_bytes() == before
-    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--overwrite", *other).code == 0
-    assert Path("out/P2.pdb").read_bytes() != before and len(index()) == 1
-
-
-def test_settings_that_change_nothing_are_not_compared(
-    run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory; and for a single chain what joins chains."""
-    (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQR\n")
-    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
-    nothing_left(monkeypatch)
-    argv = ("--chunk", "3", "--max-tokens", "5", "--linker", "GGG", "--residue-gap", "3", "--seed", "4")
-    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", *argv).code == 0
-
-
-@pytest.mark.parametrize("what", ["sequence", "weights", "torn", "foreign"])
-def test_a_file_that_is_something_else_is_kept(run: Plm, tmp_path: Path, what: str) -> None:
-    (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQR\n")
-    model = FOLDS
-    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
-    file = Path("out/P1.pdb")
-    if what == "sequence":
-        (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQW\n")
-    elif what == "weights":
-        model = str(tmp_path / "other")
-        tensors = load_file(Path(FOLDS, "model.safetensors"))
-        tensors["embedding.weight"] *= 2
-        shutil.copytree(FOLDS, model)
-        save_file(tensors, Path(model, "model.safetensors"), {"format": "pt"})
-    elif what == "torn":
-        file.write_bytes(file.read_bytes()[:-10])
-    else:
-        file.write_text("HEADER    MINE\nEND\n")
-    before = file.read_bytes()
-    code, _, err = run("fold", "in.fasta", "-m", model, "-o", "out")
-    assert code == 4 and "P1.pdb" in err and "--overwrite" in err and file.read_bytes() == before
-    assert run("fold", "in.fasta", "-m", model, "-o", "out", "--overwrite").code == 0
-    assert file.read_bytes() != before and file.read_bytes().endswith(ENDS[".pdb"])
-
-
-def test_files_of_the_folder_that_are_not_ours(
-    run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    no_model_is_loaded(monkeypatch)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "fold.csv").write_text("mine\n1\n")
-    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out")
-    assert code == 4 and "fold.csv was not written by plm fold" in err and "--overwrite" in err
-    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "in.fasta")
-    assert code == 2 and "is the input" in err
-    (tmp_path / "file").touch()
-    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "file")
-    assert code == 4 and "proteins need a folder" in err
-    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "no/such/folder")
-    assert code == 4 and "create it first" in err
-
-
 # -- failures
 
 
@@ -370,6 +238,12 @@ def test_cost_of_the_published_model() -> None:
         assert operations(config, length, 4) - alone[length] == pytest.approx(counted * 1e12, rel=0.03)
 
 
+def test_durations_as_people_say_them() -> None:
+    from plm.cli.folding import duration
+
+    assert [duration(seconds) for seconds in (0.4, 89, 90, 5399, 5400)] == ["0 s", "89 s", "2 min", "90 min", "1.5 h"]
+
+
 def test_a_bar_on_a_terminal(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     err = run("fold", fasta, "-m", FOLDS, "-o", "out").err
@@ -434,26 +308,3 @@ def test_models(run: Plm, tmp_path: Path) -> None:
     assert code == 2 and "-m: esmfold" in err
     code, _, err = run("fold", "MKT", "-m", ESM2, "-o", "out")
     assert code == 5 and "predicts no structures" in err and outputs(tmp_path) == []
-
-
-# -- interruption
-
-
-def test_interrupted_and_gone_on_with(run: Plm, tmp_path: Path) -> None:
-    (tmp_path / "in.fasta").write_text("".join(f">{i}\n{'ACDEFGHIKLMNPQRSTVWY' * 2}\n" for i in range(2000)))
-    process = start(tmp_path, "fold", "in.fasta", "-o", "out", "-q", model=FOLDS)
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out").glob("*.pdb"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    there = sorted(path.stem for path in (tmp_path / "out").glob("*.pdb"))
-    told = f"{len(there)} of 2,000 proteins are in out; the same command goes on with the others.\n"
-    assert (process.returncode, out, err) == (130, "", f"{told}Error: interrupted\n")
-    assert written() == sorted([*(f"{id}.pdb" for id in there), "fold.csv"])
-    assert all(Path("out", f"{id}.pdb").read_bytes().endswith(b"END\n") for id in there)
-    records = [*there, "1999"]
-    (tmp_path / "in.fasta").write_text("".join(f">{id}\n{'ACDEFGHIKLMNPQRSTVWY' * 2}\n" for id in records))
-    code, out, _ = run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--quiet")
-    assert (code, out) == (0, "") and sorted(row["id"] for row in index()) == sorted(records)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from command_line import FOLDS, Plm, no_model_is_loaded, outputs
-from test_cli_fold import FASTA, PROTEINS, nothing_left
+from test_cli_fold import FASTA, PROTEINS
+from test_cli_fold_again import nothing_left
 from torch import nn
 
 from plm.esmfold.confidence import ERRORS, MOST, pair_errors

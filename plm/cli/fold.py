@@ -19,7 +19,7 @@ LINKER, RESIDUE_GAP = "G" * 25, 512
 
 
 def rows_at_a_time(context: click.Context, option: click.Parameter, value: str) -> "Chunk":
-    """ "auto", or a number of rows."""
+    """A number of rows, or "auto"."""
     if value == "auto":
         return value  # type: ignore[return-value]  # as a literal, which click does not know
     if not value.isdecimal() or int(value) < 1:

@@ -160,14 +160,20 @@ class Run:
         return {i: operations(config, self.proteins[i].length, self.how.recycles + 1) for i in self.left}
 
     def fold_left(self, work: Mapping[int, int], bar: "tqdm[None]") -> None:
+        """Fold what costs ``work``, and tell of it as it is done."""
         start = before = perf_counter()
-        done = 0
+        rest = sum(work.values())
+
+        def over(i: int) -> None:
+            nonlocal rest
+            rest -= work[i]
+            bar.update(work[i])
 
         def failed(number: int, error: Exception) -> None:
             i = self.left[number]
             record = self.reading.records[i]
             self.failed.append(Fault(str(error), "", record.line, record.number, record.id))
-            bar.update(work[i])
+            over(i)
 
         proteins = [self.proteins[i] for i in self.left]
         stream = fold_rows(
@@ -189,14 +195,10 @@ class Run:
                 continue
             self.folded.append(i)
             self.finish(i, now - before)
-            bar.update(work[i])
+            over(i)
             if not self.job.quiet and not sys.stderr.isatty():
-                done += work[i]
-                rest = (sum(work.values()) - done) / done * (now - start)
-                click.echo(
-                    f"{self.reading.ids[i]}: {self.about(i)}, {now - before:.1f} s; about {duration(rest)} left",
-                    err=True,
-                )
+                left = duration(rest / (sum(work.values()) - rest) * (now - start))
+                click.echo(f"{self.reading.ids[i]}: {self.about(i)}, {now - before:.1f} s; about {left} left", err=True)
             before = perf_counter()
 
     def write(self, i: int, structure: Structure) -> None:
@@ -213,12 +215,12 @@ class Run:
         id, mark, record = self.reading.ids[i], self.marks[i], self.reading.records[i]
         if self.folder.row(id).get("fingerprint") != mark or seconds is not None:
             file = self.folder.file(id, f".{self.how.layout}")
-            plddt, ptm = confidence_of(file.read_text())
+            plddt, ptm = confidence_of(file.read_text("utf-8"))
             took = "" if seconds is None else f"{seconds:.2f}"  # nobody knows any more
             values = (id, file.name, record.length, len(record.chains), plddt, ptm, took, mark)
             self.folder.add_row(dict(zip(COLUMNS, values, strict=True)))
         if self.how.plot and not self.folder.has(id, ".png", mark):
-            told = json.loads(self.folder.file(id, ".json").read_text())
+            told = json.loads(self.folder.file(id, ".json").read_text("utf-8"))
             metadata = {"Description": json.dumps({"fingerprint": mark, **self.provenance})}
             self.folder.draw(
                 id,
@@ -274,8 +276,8 @@ class Run:
     def shown(self, i: int) -> Shown:
         """A protein as its files have it."""
         id, layout = self.reading.ids[i], self.how.layout
-        told = json.loads(self.folder.file(id, ".json").read_text())
-        text = self.folder.file(id, f".{layout}").read_text()
+        told = json.loads(self.folder.file(id, ".json").read_text("utf-8"))
+        text = self.folder.file(id, f".{layout}").read_text("utf-8")
         return Shown(id, self.about(i), text, layout, told["chains"], told["plddt"], told["pae"])
 
 
