@@ -8,13 +8,14 @@ Both containers that ``torch.save`` has written are read, little-endian only:
 - zip (torch >= 1.6): records ``<root>/data.pkl`` and ``<root>/data/<key>``, stored uncompressed;
 - legacy: five pickles (magic, protocol, system, object, storage keys), then each storage's int64 count and bytes.
 
-Opening a file reads the pickles and finds the storages. The bytes of a tensor are read when it is asked for, so what
-nobody asks for (two thirds of the published ESM-1b file are optimizer state) is never read.
+Opening a file reads the pickles and finds the storages. Tensors are views of private memory maps, so what nobody asks
+for (two thirds of the published ESM-1b file are optimizer state) is never read, and nothing is in memory twice.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import re
 import struct
 import zipfile
@@ -26,8 +27,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from plm_weights import pickle_machine
+from plm_weights import omegaconf_pickles, pickle_machine
 from plm_weights.errors import CheckpointError
+from plm_weights.omegaconf_pickles import Items, Leaf, Metadata, Settings
 from plm_weights.pickle_machine import Bounded, Global, Machine, as_count, as_counts, as_dict, fill
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -64,6 +66,7 @@ ALLOWED = {
     "torch._utils._rebuild_parameter",
     "collections.OrderedDict",
     "argparse.Namespace",
+    *omegaconf_pickles.NAMES,
 }
 
 
@@ -124,14 +127,25 @@ class TorchFile:
                 ) from error
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """The tensor with its own memory, strided as it was saved; of its storage only the needed span is read."""
-        size = tensor.dtype.itemsize
-        buffer = bytearray(tensor.span * size)
+        """The tensor, strided as it was saved; of its storage only the needed span is read.
+
+        It is a view of a private memory map, so that writing into it does not change the file. What is smaller than a
+        page, or does not lie at a multiple of its size (as in the legacy container), has its own memory.
+        """
+        if not tensor.span:
+            return torch.empty(0, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride)
+        size = tensor.span * tensor.dtype.itemsize
+        begin = self._places[tensor.storage.key][0] + tensor.offset * tensor.dtype.itemsize
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
-            file.seek(self._places[tensor.storage.key][0] + tensor.offset * size)
-            if file.readinto(buffer) != len(buffer):
+            if begin + size > file.seek(0, io.SEEK_END):
                 raise CheckpointError(f"{self.path} became shorter while it was read")
-        flat = torch.frombuffer(buffer, dtype=tensor.dtype) if buffer else torch.empty(0, dtype=tensor.dtype)
+            if begin % tensor.dtype.itemsize or size < mmap.ALLOCATIONGRANULARITY:
+                file.seek(begin)
+                flat = torch.frombuffer(bytearray(file.read(size)), dtype=tensor.dtype)
+            else:
+                mapped = mmap.mmap(file.fileno(), begin - page + size, access=mmap.ACCESS_COPY, offset=page)
+                flat = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.span, offset=begin - page)
         return flat.as_strided(tensor.shape, tensor.stride)
 
 
@@ -224,12 +238,17 @@ class TorchPickle(Machine):
                 Storage() as storage, offset, shape, stride, _, _, Global(name=dtype), *rest
             ) if dtype in DTYPES:  # fmt: skip
                 return _tensor(storage, DTYPES[dtype], offset, shape, stride, rest)
+        if (made := omegaconf_pickles.made(name, arguments)) is not None:
+            return made
         raise self.refusal(name)
 
     def built(self, item: object, state: object) -> object:
-        if isinstance(item, Namespace):
-            fill(item, list(as_dict(state)), list(as_dict(state).values()))
-            return item
+        match item:
+            case Namespace():
+                fill(item, list(as_dict(state)), list(as_dict(state).values()))
+                return item
+            case Settings() | Items() | Leaf() | Metadata():
+                return omegaconf_pickles.filled(item, state)
         return as_dict(item)  # attributes of an OrderedDict (``_metadata`` of a state dict): not kept
 
     def outside(self, identity: object) -> object:

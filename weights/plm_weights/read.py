@@ -35,8 +35,8 @@ class TensorSource(Mapping[str, Tensor]):
 
     ``meta`` gives names, shapes and dtypes without reading data. ``extras`` is what else the file holds: the
     ``__metadata__`` of safetensors, the non-tensor part of a pickle (``n_annotations`` of ProteinBERT's), or the names
-    of a SavedModel's variables that hold text. A tensor of a safetensors file is a view of a private memory map: to
-    write into it, clone it.
+    of a SavedModel's variables that hold text. Tensors of safetensors and torch files are views of private memory maps:
+    what is written into them does not reach the file.
     """
 
     meta: dict[str, Tensor] = field(repr=False)
