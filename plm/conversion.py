@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from plm.families import CONFIGURED, FAMILIES, Config, Family
-from plm.loading import Opened, choose_dtype, locate, open_checkpoint
+from plm.loading import Opened, locate, open_checkpoint
 from plm.models import esm, proteinbert
+from plm.placement import choose_dtype
 from plm_weights import (
     CheckpointError,
     export_weights,
@@ -181,7 +182,8 @@ def to_plm(state: Mapping[str, Tensor], config: Config, folder: Path, tokenizer:
 
 def to_transformers(state: Mapping[str, Tensor], config: Config, folder: Path, tokenizer: Files = NO_FILES) -> None:
     """What transformers writes: less what nobody reads (position_ids, ESM-2's unused position table), and no copies."""
-    tensors = export_weights(family_of(config).hub_rows(config), state)
+    family = family_of(config)
+    tensors = export_weights(family.hub_rows(config), state) | family.hub_extras()
     beside = {**hub_files(config, state["embed.weight"].dtype), **tokenizer}
     with made(folder):
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"}, beside)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plm import tokens, vocabularies
 from plm.esmfold import config as esmfold_config
-from plm.esmfold.model import ESMFold
+from plm.esmfold.model import FLOAT32_AT_LEAST, ESMFold
 from plm.models import bert, esm, progen2, proteinbert, t5
-from plm_weights import KeyMap, TensorSource, Tied
+from plm_weights import KeyMap, TensorSource, Tied, esmfold_files
 from plm_weights import bert as published_bert
 from plm_weights import esm as published_esm
 from plm_weights import esmfold as published_esmfold
@@ -41,6 +42,9 @@ class Family:
     hub_files: Callable[[Mapping[str, Any], str], dict[str, str]]  # config, dtype: what transformers wants beside them
     original_rows: Callable[[Any], KeyMap]  # the tensors of the files that its authors published
     tokenizer: Callable[[Any], tokens.Tokenizer]
+    # With what other files hold of the same model; from the layout and the tensors of the first.
+    joined: Callable[[str, TensorSource], TensorSource] = lambda layout, tensors: tensors
+    hub_extras: Callable[[], State] = dict  # what else transformers stores, which is no weight
     original_file: str = "pytorch_model.bin"  # what the authors' form is called, where it has a name of its own
     original_extras: Callable[[Any], State] = lambda config: {}  # what else their files hold, which is no weight
     no_hub: Callable[[Any], str | None] = lambda config: None  # why transformers could not read it
@@ -50,9 +54,13 @@ class Family:
     )
     computed: Callable[[Iterable[str], Any], State] = lambda names, config: {}  # what files may leave out
     loaded: Callable[[str, State, Any], State] = lambda layout, state, config: state  # the original's rule on loading
+    # Names of tensors, or of modules with all in them.
     always_float32: frozenset[str] = frozenset()
     float32_at_least: frozenset[str] = frozenset()
+    halves: frozenset[str] = frozenset()  # kept in half precision where that is stored and float32 is asked for
+    auto: torch.dtype | None = None  # what "auto" means on every device, where it is not float32 or bfloat16 by device
     no_float16: str | None = None  # why not
+    no_8_bits: str | None = None
     notice: Callable[[Any], str | None] = lambda config: None  # said when it is loaded
 
 
@@ -101,19 +109,43 @@ def esmfold_network(config: esmfold_config.Config) -> Any:
     return ESMFold(config, esm.ESM(esm.Config(**config.stem)))
 
 
+def esmfold_joined(layout: str, tensors: TensorSource) -> TensorSource:
+    return esmfold_files.joined(tensors) if layout == "original" else tensors
+
+
+def esmfold_settings(layout: str, settings: Mapping[str, object], tensors: TensorSource) -> dict[str, Any]:
+    if layout == "original":
+        return published_esmfold.original_config(tensors.extras)
+    return published_esmfold.hub_config(settings, tensors.meta)
+
+
+def esmfold_frequencies(names: Iterable[str], config: esmfold_config.Config) -> State:
+    return {f"stem.{name}": x for name, x in esm_frequencies(names, esm.Config(**config.stem)).items()}
+
+
 FAMILIES = (
     Family(
         name="esmfold",  # before esm, whose tensors it holds as well
         network=esmfold_network,
         config=esmfold_config.Config,
         layout=published_esmfold.recognise,
-        read_config=lambda layout, settings, tensors: published_esmfold.hub_config(settings, tensors.meta),
+        joined=esmfold_joined,
+        read_config=esmfold_settings,
         key_map=lambda names, config: published_esmfold.key_map(names, asdict(config)),
         hub_rows=lambda config: published_esmfold.hub_rows(asdict(config)),
-        hub_files=lambda config, dtype: {},
+        hub_files=published_esmfold.hub_files,
+        hub_extras=published_esmfold.hub_extras,
         original_rows=lambda config: published_esmfold.original_rows(asdict(config)),
-        tokenizer=lambda config: vocabularies.esm_tokenizer(),
+        no_original=lambda config: "the authors' file of an ESMFold holds objects of OmegaConf, which only that writes",
+        tokenizer=lambda config: vocabularies.esmfold_tokenizer(),
+        computed=esmfold_frequencies,
         always_float32=frozenset({"stem.frequencies"}),
+        float32_at_least=frozenset(FLOAT32_AT_LEAST),
+        halves=frozenset({"stem.blocks"}),
+        auto=torch.float32,
+        no_float16="products of pairs in the trunk of an ESMFold exceed 65,504, the largest float16, and turn into "
+        "infinities (the language model stays in the float16 of its file when float32 is asked for)",
+        no_8_bits="8 bits serve what writes token by token; what they do to structures is not known",
     ),
     Family(
         name="esm",

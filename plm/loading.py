@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
 from plm.layers import Linear
+from plm.placement import DTYPES, EIGHT_BIT, choose_device, choose_dtype, kept_in
 from plm.tokens import Tokenizer, checked
 from plm_weights import (
     CheckpointError,
@@ -31,9 +32,7 @@ from plm_weights.fetch import fetch, home, original_path, row_of, weight_files
 from plm_weights.registry import CHECKPOINTS, Checkpoint, find
 from plm_weights.vocabularies import published_vocabulary
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEADS = ("lm_head", "annotation_head")  # linear layers that are never kept in 8 bits
-EIGHT_BIT = "int8"  # not what is computed in: linear weights are kept in 8 bits, and all else is bfloat16
 ORIGINAL = ("original:", "fair-esm:")  # before a name: the authors' own files, not the hub's
 UNKNOWN = "unknown: see where the files came from"
 
@@ -182,7 +181,9 @@ def load(
             linear weights (the heads' aside) in 8 bits with a scale per output, and computes in bfloat16. On a CPU that
             writes one sequence at a time the fastest (what reads many tokens at once keeps the weights in bfloat16
             beside them); on CUDA it saves memory, not time. It rounds weights by about 0.8 % of their size, where
-            bfloat16 rounds them by 0.2 %.
+            bfloat16 rounds them by 0.2 %. Of an ESMFold "auto" is float32 everywhere, and with float32 the layers of
+            its language model stay in the half precision in which they are stored, to be widened one by one; with
+            bfloat16 its structure module and confidence stay in float32.
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
 
@@ -191,7 +192,7 @@ def load(
         VocabularyNotice: a T5 with a vocabulary that nobody published, and no file beside the weights that tells it.
 
     Raises:
-        ValueError: a T5 in float16, which overflows.
+        ValueError: a T5 or an ESMFold in float16, which overflows, or an ESMFold in 8 bits.
         UnknownModelError: no such name, with near ones.
         DownloadError: the files could not be fetched.
         CheckpointError: the files are torn, foreign, hostile or incomplete, or hold a NaN or an infinity.
@@ -201,13 +202,20 @@ def load(
     precision = torch.bfloat16 if eight_bit else choose_dtype(dtype, at)
     path, row = locate(source, revision=revision, offline=offline)
     opened = open_checkpoint(path)
-    if precision == torch.float16 and opened.family.no_float16:
-        raise ValueError(f"dtype float16 cannot be used: {opened.family.no_float16}. Choose bfloat16 or float32.")
+    family = opened.family
+    if dtype in (None, "auto"):
+        precision = family.auto or precision
+    for refused, asked, why in (
+        ("float16", precision == torch.float16, family.no_float16),
+        (EIGHT_BIT, eight_bit, family.no_8_bits),
+    ):
+        if asked and why:
+            raise ValueError(f"dtype {refused} cannot be used: {why}. Choose bfloat16 or float32.")
     tokenizer = opened.tokenizer()
     if row is not None and row.pairs is False:
         tokenizer = replace(tokenizer, separator=None)
     net = build(opened, at, precision, eight_bit=eight_bit)
-    notice = opened.family.notice(opened.config)
+    notice = family.notice(opened.config)
     if notice:
         warnings.warn(notice, LicenceNotice, stacklevel=2)
     if tokenizer.guessed:
@@ -216,7 +224,7 @@ def load(
             f"no published T5 has {size} tokens, so Ankh's letters are assumed: {advice}", VocabularyNotice, 2
         )
     files = tuple(WeightFile(file) for file in opened.tensors.files)
-    came = origin(path, row, opened.family.name, revision, files)
+    came = origin(path, row, family.name, revision, files)
     came = came if row or not notice else replace(came, licence=notice)
     return Model(net, tokenizer, came, EIGHT_BIT if eight_bit else "")
 
@@ -254,11 +262,9 @@ def build(opened: Opened, device: torch.device, dtype: torch.dtype, *, eight_bit
     state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
     narrow = [name for name, module in net.named_modules() if isinstance(module, Linear) and name not in HEADS]
     as_stored = {f"{name}.weight" for name in narrow} if eight_bit else set()
-    for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
-        precision = torch.float32 if name in family.always_float32 else dtype
-        if name in family.float32_at_least:
-            precision = torch.promote_types(dtype, torch.float32)
-        state[name] = state[name].to(device, state[name].dtype if name in as_stored else precision)
+    for name, tensor in list(state.items()):  # one at a time, so that a cast or a move holds a single tensor twice
+        stored = tensor.dtype
+        state[name] = tensor.to(device, stored if name in as_stored else kept_in(family, name, stored, dtype))
     net.load_state_dict(state, assign=True)
     for name, module in net.named_modules():
         if isinstance(module, Linear) and f"{name}.weight" in as_stored:
@@ -298,6 +304,7 @@ def open_checkpoint(path: Path) -> Opened:
         raise CheckpointError(f"{weights}: these tensors are of no family that is known here ({known}): {some}, ...")
     file = weights.with_name("config.json") if layout in CONFIGURED else weights
     settings = read_config(file) if layout in CONFIGURED else {}
+    tensors = family.joined(layout, tensors)
     with naming(file):
         read = own_config(settings) if layout == "plm" else family.read_config(layout, settings, tensors)
         config = family.config(**read)  # wrong names, and sizes that do not fit each other, raise here
@@ -362,37 +369,6 @@ def own_config(settings: Mapping[str, object]) -> dict[str, object]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or infinite. A NaN wins both ends, and this is 14 times as fast as ``isfinite``."""
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """What "auto" (or None) means here, or the device that was asked for.
-
-    Raises: ValueError if this machine or this torch does not have it.
-    """
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {str(device)!r} cannot be used: {reason}. Choose 'auto', 'cpu', 'cuda' or 'mps'."
-        ) from None
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """What "auto" (or None) means on ``device``, or the dtype that was asked for."""
-    if dtype is None or dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise ValueError(
-            f"dtype {dtype!r} is unknown; choose 'auto', {', '.join(map(repr, (*DTYPES, EIGHT_BIT)))} or a torch.dtype "
-            "of these"
-        )
-    return chosen
 
 
 __all__ = ["CheckpointError", "DownloadError", "Model", "UnknownModelError", "available", "load"]

@@ -47,6 +47,9 @@ PROGEN2 = ("<|pad|>", "<|bos|>", "<|eos|>", "1", "2", *"ABCDEFGHIKLMNOPQRSTUVWXY
 # nadavbra/protein_bert@83198c9, proteinbert/tokenization.py: there is no B, J, O and Z
 PROTEINBERT = (*"ACDEFGHIKLMNPQRSTUVWXY", "<OTHER>", "<START>", "<END>", "<PAD>")
 
+# vocab.txt of facebook/esmfold_v1: AlphaFold's order of residues, and tokens for which the network has no rows
+ESMFOLD = (*"ARNDCQEGHILKMFPSTWYVX", "<pad>", "<mask>", "<cls>", "<sep>", "<eos>")
+
 _RARE = "UZOB"
 
 _ANKH3_TASKS = {"nlu": Task("[NLU]"), "s2s": Task("[S2S]")}
@@ -78,6 +81,11 @@ def progen2_tokenizer() -> Tokenizer:
 def proteinbert_tokenizer() -> Tokenizer:
     """The tokenizer of ProteinBERT, which has no mask: in pre-training noise took its place."""
     return Tokenizer(PROTEINBERT, start="<START>", end="<END>", unknown="<OTHER>")
+
+
+def esmfold_tokenizer() -> Tokenizer:
+    """The tokenizer of ESMFold's trunk, which puts nothing around a protein; `plm.esmfold.chains` reads chains."""
+    return Tokenizer(ESMFOLD, end="<eos>", unknown="X", framed=False)
 
 
 def prott5_tokenizer() -> Tokenizer:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def usable_device(name: str) -> "torch.device":
     """The device of a name. Raises: click.BadParameter if this machine does not have it."""
-    from plm.loading import choose_device
+    from plm.placement import choose_device
 
     with usage("--device"):
         return choose_device(name)

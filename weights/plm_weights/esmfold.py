@@ -1,13 +1,16 @@
 """ESMFold: key maps and configuration of facebook/esmfold_v1 ("hub") and of the authors' files ("original").
 
 Apart from the language model below, both have the same names. The authors' file holds no language model: that is ESM-2
-3B's own file. Sources: facebookresearch/esm@2b36991 and openfold@4b41059; transformers 5.23 models/esm.
+3B's own file (see `esmfold_files`). Sources: facebookresearch/esm@2b36991 and openfold@4b41059; transformers 5.23
+models/esm.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from plm_weights import esm
@@ -18,6 +21,8 @@ from plm_weights.settings import read_size, read_value, require
 Layout = Literal["hub", "original", "plm"]
 OWN_MARK, MARK = "recycle_distances.weight", "trunk.recycle_disto.weight"
 STEM = "stem."
+RESIDUES = "ARNDCQEGHILKMFPSTWYVX"
+VOCABULARY = (*RESIDUES, "<pad>", "<mask>", "<cls>", "<sep>", "<eos>")  # vocab.txt of facebook/esmfold_v1
 
 
 def recognise(names: Iterable[str]) -> Layout | None:
@@ -48,8 +53,18 @@ def hub_rows(config: Mapping[str, Any]) -> KeyMap:
 
 def original_rows(config: Mapping[str, Any]) -> KeyMap:
     """The authors' file joined with that of ESM-2 3B, whose names then begin with ``esm.``."""
-    stem = esm.fair_rows(rotary=True, contact_head=config["stem"]["contact_head"], prefix="")
-    return (*below(stem, "esm."), *folding_rows(config))
+    rows = esm.fair_rows(rotary=True, contact_head=config["stem"]["contact_head"], prefix="")
+    stem = [row for row in rows if config["stem"]["lm_head"] or not str(row.source).startswith("lm_head.")]
+    unused: list[Drop] = []
+    if not config["stem"]["lm_head"]:
+        parts = ("weight", "bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")
+        unused = [Drop(f"esm.lm_head.{part}", "folding takes states, not letters, from ESM-2") for part in parts]
+    module, constant = "trunk.structure_module", "a constant that old versions of openfold and fairseq stored"
+    unused += [
+        Drop(f"{module}.{name}", constant) for name in ("default_frames", "group_idx", "atom_mask", "lit_positions")
+    ]
+    unused.append(Drop("positional_encoding._float_tensor", constant))
+    return (*below(stem, "esm."), *unused, *folding_rows(config))
 
 
 def below(rows: Iterable[Row | Drop | Tied], prefix: str = "") -> KeyMap:
@@ -91,7 +106,7 @@ def folding_rows(config: Mapping[str, Any]) -> KeyMap:
         *affine("lddt_head.1", "confidence_head.first"),
         *affine("lddt_head.2", "confidence_head.second"),
         *affine("lddt_head.3", "confidence_head.out"),
-        *trunk_rows(config["channels"] // config["head_size"]),
+        *(trunk_rows(config["channels"] // config["head_size"]) if config["blocks"] else ()),
         *structure_rows(config["structure"]),
     )
 
@@ -192,15 +207,31 @@ def hub_config(settings: Mapping[str, object], meta: Mapping[str, Tensor]) -> di
     Raises: CheckpointError for a missing key, a value of a wrong type, or a kind of ESMFold that is not supported.
     """
     require(settings, "is_folding_model", True)
-    folding = _part(settings, "esmfold_config")
-    require(folding, "use_esm_attn_map", False, None)
+    stem = esm.hub_config({**settings, "is_folding_model": False}, _stem(meta))
+    return folding_config(_part(settings, "esmfold_config"), stem, {})
+
+
+def original_config(extras: Mapping[str, object]) -> dict[str, Any]:
+    """The keywords of our ESMFold config from the ``cfg`` of the authors' file and from its language model's, which
+    `esmfold_files.joined` has put beside it.
+
+    Raises: CheckpointError as ``hub_config``.
+    """
+    return folding_config(_part(_part(extras, "cfg"), "model"), dict(_part(extras, "stem")), AUTHORS)
+
+
+def folding_config(folding: Mapping[str, object], stem: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """``names``: what the settings of the structure module are called, where not as transformers calls them."""
+    if folding.get("use_esm_attn_map"):
+        raise CheckpointError(
+            "use_esm_attn_map is on in the configuration: pairs that begin as attention maps of the language model, as "
+            "in models called esmfold_structure_module_only, are not supported. Take esmfold_v1 (or esmfold_v0)."
+        )
     require(folding, "bypass_lm", False, None)
     require(folding, "embed_aa", True, None)
     require(folding, "esm_ablate_pairwise", False, None)
     require(folding, "esm_ablate_sequence", False, None)
     trunk = _part(folding, "trunk")
-    stem = esm.hub_config({**settings, "is_folding_model": False}, _stem(meta))
-    names = {key: key for key in STRUCTURE.values()}
     return {
         "stem": stem,
         **_trunk(trunk),
@@ -235,7 +266,7 @@ AUTHORS = {
     "num_transition_layers": "no_transition_layers",
     "resnet_dim": "c_resnet",
     "num_resnet_blocks": "no_resnet_blocks",
-    "trans_scale_factor": "trans_scale_factor",
+    "num_angles": "no_angles",
 }
 
 
@@ -253,7 +284,7 @@ def _stem(meta: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _trunk(trunk: Mapping[str, object]) -> dict[str, int]:
     return {
-        "blocks": read_size(trunk, "num_blocks"),
+        "blocks": read_size(trunk, "num_blocks", least=0),
         "channels": read_size(trunk, "sequence_state_dim"),
         "pair": read_size(trunk, "pairwise_state_dim"),
         "head_size": read_size(trunk, "sequence_head_width"),
@@ -264,9 +295,68 @@ def _trunk(trunk: Mapping[str, object]) -> dict[str, int]:
 
 
 def _structure(settings: Mapping[str, object], names: Mapping[str, str]) -> dict[str, Any]:
-    """``names``: what the settings call what transformers calls so."""
     require(settings, names.get("num_angles", "num_angles"), 7, None)
+    found: dict[str, Any] = {}
+    for ours, theirs in STRUCTURE.items():
+        name = names.get(theirs, theirs)
+        found[ours] = read_value(settings, name, float) if ours == "scale" else read_size(settings, name)
+    return found
+
+
+def hub_extras() -> dict[str, Tensor]:
+    """What transformers stores besides weights: the language model's token for a pad and for each residue."""
+    tokens = [esm.PAD, *map(esm.VOCABULARY.index, RESIDUES)]
+    return {"af2_to_esm": torch.tensor(tokens)}
+
+
+def hub_files(config: Mapping[str, Any], dtype: str = "float32") -> dict[str, str]:
+    """The text files that make a folder of weights loadable by transformers, by name.
+
+    ``config`` has the keywords of our ESMFold config, ``dtype`` is that of the trunk's weights. Its tokenizer has to be
+    called with ``add_special_tokens=False``: the network has no rows for them. A pad is an A, as published.
+    """
+    special = {"cls_token": "<cls>", "eos_token": "<eos>", "mask_token": "<mask>", "pad_token": "A", "unk_token": "X"}
+    tokenizer = {"tokenizer_class": "EsmTokenizer", **special}
     return {
-        ours: read_value(settings, names[theirs], float) if ours == "scale" else read_size(settings, names[theirs])
-        for ours, theirs in STRUCTURE.items()
+        "config.json": json.dumps(hub_config_json(config, dtype), indent=2, sort_keys=True) + "\n",
+        "vocab.txt": "\n".join(VOCABULARY),
+        "tokenizer_config.json": json.dumps(tokenizer, indent=2, sort_keys=True) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
+
+
+def hub_config_json(config: Mapping[str, Any], dtype: str = "float32") -> dict[str, Any]:
+    """The way back from ``hub_config``: ``config.json``, with nothing left to a default."""
+    structure = {theirs: config["structure"][ours] for ours, theirs in STRUCTURE.items()}
+    trunk = {
+        "num_blocks": config["blocks"],
+        "sequence_state_dim": config["channels"],
+        "pairwise_state_dim": config["pair"],
+        "sequence_head_width": config["head_size"],
+        "pairwise_head_width": config["pair_head_size"],
+        "position_bins": config["position_bins"],
+        "max_recycles": config["passes"],
+        "dropout": 0,
+        "layer_drop": 0,
+        "cpu_grad_checkpoint": False,
+        "chunk_size": None,
+        "structure_module": {**structure, "num_angles": 7, "dropout_rate": 0.1, "epsilon": 1e-8, "inf": 1e5},
+    }
+    return {
+        **esm.hub_config_json({**config["stem"], "lm_head": False}, dtype),
+        "architectures": ["EsmForProteinFolding"],
+        "is_folding_model": True,
+        "esmfold_config": {
+            "esm_type": "esm2_3B",
+            "fp16_esm": False,
+            "use_esm_attn_map": False,
+            "esm_ablate_pairwise": False,
+            "esm_ablate_sequence": False,
+            "esm_input_dropout": 0,
+            "embed_aa": True,
+            "bypass_lm": False,
+            "lddt_head_hid_dim": config["confidence_channels"],
+            "trunk": trunk,
+        },
+        "vocab_list": list(esm.VOCABULARY),
     }

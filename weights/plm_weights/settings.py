@@ -25,11 +25,11 @@ def read_value(given: Mapping[Any, object], key: str, kind: type[T], default: T 
     return value
 
 
-def read_size(given: Mapping[Any, object], key: str, default: int | None = None) -> int:
-    """A whole number of at least 1. Raises: CheckpointError."""
+def read_size(given: Mapping[Any, object], key: str, default: int | None = None, least: int = 1) -> int:
+    """A whole number of at least ``least``. Raises: CheckpointError."""
     value = read_value(given, key, int, default)
-    if value < 1:
-        raise CheckpointError(f"{key} is {value} in the configuration, wanted 1 or more")
+    if value < least:
+        raise CheckpointError(f"{key} is {value} in the configuration, wanted {least} or more")
     return value
 
 
