@@ -57,6 +57,7 @@ def test_every_checkpoint_of_the_families_has_a_row() -> None:
         *("progen2-small", "progen2-medium", "progen2-oas", "progen2-base"),
         *("progen2-large", "progen2-bfd90", "progen2-xlarge"),
         "proteinbert",
+        *("esmfold", "esmfold-v0"),
     ]
 
 
@@ -82,15 +83,16 @@ def test_names_are_unique_and_rows_well_formed() -> None:
         assert all(re.fullmatch("[0-9a-f]{64}", sha256) for file in files for sha256 in file.sha256), row.name
         assert len({file.name for file in files}) == len(files), row.name
         assert row.revision is None or re.fullmatch("[0-9a-f]{40}", row.revision), row.name
-        assert all((row.licence, row.citation, row.hub or row.folder)), row.name
+        assert all((row.licence, row.citation, row.hub or row.folder or row.originals)), row.name
         assert row.pairs is (row.name in ("igbert", "igt5")), row.name
         if row.header:
             assert row.config and row.parameters and "doi:10." in row.citation, row.name
             assert row.revision or row.preferred == "original" or row.name == "esm2-15b", "nobody stated a commit of it"
-    hashes = [sha256 for row in CHECKPOINTS for file in row.originals for sha256 in file.sha256]
-    assert len(hashes) == len(set(hashes)) == 20
+    originals = {file for row in CHECKPOINTS for file in row.originals}  # an ESMFold's includes its language model's
+    hashes = [sha256 for file in originals for sha256 in file.sha256]
+    assert len(hashes) == len(set(hashes)) == 21
     weights = [sha256 for row in CHECKPOINTS for file in row.files if "model" in file.name for sha256 in file.sha256]
-    assert len(weights) == len(set(weights)) + 1 == 20, "two rows share a spiece.model"
+    assert len(weights) == len(set(weights)) + 1 == 21, "two rows share a spiece.model"
 
 
 def test_terms_of_use_are_told() -> None:
@@ -126,6 +128,10 @@ def test_terms_of_use_are_told() -> None:
         ("progen2_medium", "progen2-medium"),
         ("hugohrban/progen2-bfd90", "progen2-bfd90"),
         ("GrimSqueaker/proteinBERT", "proteinbert"),
+        ("facebook/esmfold_v1", "esmfold"),
+        ("esmfold_3B_v1", "esmfold"),
+        ("ESMFold-v1", "esmfold"),
+        ("esmfold_v0", "esmfold-v0"),
     ],
 )
 def test_find_knows_the_names_in_use(name: str, expected: str) -> None:
@@ -192,6 +198,7 @@ def test_configuration_is_what_the_published_config_file_gives(row: Checkpoint) 
         ("make_headers_t5_bert", "HEADERS"),
         ("make_headers_progen2", "HEADERS"),
         ("make_headers_proteinbert", "HEADERS"),
+        ("make_headers_esmfold", "HEADERS"),
     ],
 )
 def test_headers_are_those_of_the_reference_libraries(script: str, table: str) -> None:

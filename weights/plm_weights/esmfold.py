@@ -32,7 +32,7 @@ def recognise(names: Iterable[str]) -> Layout | None:
         return "plm"
     if MARK not in names:
         return None
-    return "hub" if "esm.embeddings.word_embeddings.weight" in names else "original"
+    return "hub" if any(name.startswith(("esm.encoder.", "esm.embeddings.")) for name in names) else "original"
 
 
 def key_map(names: Iterable[str], config: Mapping[str, Any]) -> KeyMap:

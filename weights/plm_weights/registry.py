@@ -8,12 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plm_weights.checkpoints import Checkpoint, File, Form, bert, esm, progen2, proteinbert, t5
+from plm_weights.checkpoints import Checkpoint, File, Form, bert, esm, esmfold, progen2, proteinbert, t5
 from plm_weights.errors import UnknownModelError
 
 __all__ = ["CHECKPOINTS", "Checkpoint", "File", "Form", "find", "header"]
 
-CHECKPOINTS: tuple[Checkpoint, ...] = (*esm.ROWS, *t5.ROWS, *bert.ROWS, *progen2.ROWS, *proteinbert.ROWS)
+CHECKPOINTS: tuple[Checkpoint, ...] = (
+    *esm.ROWS,
+    *t5.ROWS,
+    *bert.ROWS,
+    *progen2.ROWS,
+    *proteinbert.ROWS,
+    *esmfold.ROWS,
+)
 
 _BY_NAME = {name.casefold(): row for row in CHECKPOINTS for name in (row.name, *row.aliases)}
 _HEADERS = Path(__file__).with_name("headers")
@@ -39,7 +46,7 @@ def header(name: str, form: Form = "hub") -> dict[str, Tensor]:
 
     The original form of an ESM is what lies under ``"model"`` in the ``.pt`` file, joined with its contact regression
     if any; that of a ProGen2 is ``pytorch_model.bin`` with its causal masks, which the hub's ports have left out; that
-    of ProteinBERT is its pickle, the hub's a SavedModel.
+    of ProteinBERT is its pickle, the hub's a SavedModel; that of an ESMFold is its trunk's ``.pt`` file alone.
 
     Raises: ValueError if no header of that form is on file.
     """
@@ -49,7 +56,7 @@ def header(name: str, form: Form = "hub") -> dict[str, Tensor]:
     data = json.loads((_HEADERS / f"{row.header}.json").read_text())
     if form not in data:
         raise ValueError(f"{row.name} was published in the hub's form only: it has no header of the form {form!r}.")
-    depths = {"{i}": data["layers"], "{j}": data.get("decoder_layers", 0)}
+    depths = {"{i}": data["layers"], "{j}": data.get("decoder_layers", 0), "{n}": data.get("blocks", 0)}
     return {
         stored: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
         for dtype, tensors in data[form].items()
@@ -59,7 +66,8 @@ def header(name: str, form: Form = "hub") -> dict[str, Tensor]:
 
 
 def _unfold(key: str, depths: Mapping[str, int]) -> list[str]:
-    """A key with a hole stands for one tensor per layer of a stack: ``{i}`` of the encoder, ``{j}`` of the decoder."""
+    """A key with a hole stands for one tensor per layer of a stack: ``{i}`` of the encoder, ``{j}`` of the decoder,
+    ``{n}`` of a folding trunk."""
     for hole, depth in depths.items():
         if hole in key:
             return [key.replace(hole, str(layer)) for layer in range(depth)]
