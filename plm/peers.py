@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plm.esmfold import config as esmfold_config
+from plm.esmfold.chains import read_chains
+from plm.esmfold.model import ESMFold
+from plm.esmfold.residues import LETTERS
 from plm.families import Config, Network
 from plm.loading import Opened
 from plm.models import bert, esm, progen2, proteinbert, t5
@@ -53,8 +57,9 @@ SMOKE = {
         "MXBUZOACDEFGHIKLNPQRSTVWY",
         "M",
     ),
+    "esmfold": ("MKTVRQERLKSIVRILERSKEPVSG", "MXACDEFGHIKLNPQRSTVWY"),
 }
-PADDING = {"esm": 1, "bert": 0, "t5": 0, "progen2": 0, "proteinbert": proteinbert.PAD}
+PADDING = {"esm": 1, "bert": 0, "t5": 0, "progen2": 0, "proteinbert": proteinbert.PAD, "esmfold": 0}
 WRITTEN = 24  # tokens of the decoder's input, at most
 
 
@@ -94,6 +99,14 @@ def ours(net: Network, question: Question) -> Outputs:
     """
     device = net.embed.weight.device
     batch = question.batch.to(device)
+    if isinstance(net, ESMFold):
+        proteins = ["".join(map(LETTERS.__getitem__, row.tolist())) for row in batch.split(batch.tokens)]
+        found = list(net.fold([read_chains(protein) for protein in proteins]))
+        return {
+            "positions": torch.cat([one.positions for one in found]),
+            "pLDDT": torch.cat([one.plddt for one in found]),
+            "pTM": torch.tensor([one.ptm for one in found]),
+        }
     if isinstance(net, proteinbert.ProteinBERT) and question.annotations is not None:
         both = net.represent(batch, annotations=question.annotations.to(device), pad_to=batch.max_length)
         return {"local representations": both.hidden, "global representations": both.global_}
@@ -116,6 +129,10 @@ def theirs(opened: Opened, question: Question, dtype: torch.dtype) -> tuple[str,
         states = protein_bert(opened, opened.config, question, dtype)
         return ("protein-bert", states) if states else None
     name, ask = ("fair-esm", fair_esm) if opened.layout == "fair" else ("transformers", transformers)
+    if isinstance(opened.config, esmfold_config.Config):
+        if opened.layout != "hub":  # the authors' own code needs openfold and OmegaConf
+            return None
+        ask = folding
     if not installed(name):
         return None
     if isinstance(opened.config, progen2.Config):
@@ -200,6 +217,24 @@ def load_transformers(kind: type[Any], opened: Opened, dtype: torch.dtype, optio
             logging.enable_progress_bar()
     # What it does not find is random. It finds nothing behind a prefix such as "module."; contacts are not asked for.
     return None if any("contact_head" not in name for name in found["missing_keys"]) else net.eval()
+
+
+def folding(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs | None:
+    """transformers' ESMFold, protein by protein, as it tells one pTM of all that it is given together.
+
+    It takes all weights in one dtype, the language model's too.
+    """
+    import transformers as library
+
+    net = load_transformers(library.EsmForProteinFolding, opened, dtype, {})
+    if net is None:
+        return None
+    found = [net(row[None]) for row in question.batch.split(question.batch.tokens)]
+    return {
+        "positions": torch.cat([one.positions[-1, 0] for one in found]).float(),
+        "pLDDT": torch.cat([one.plddt[0] for one in found]).float(),
+        "pTM": torch.stack([one.ptm for one in found]).float(),
+    }
 
 
 def gptj(opened: Opened, config: progen2.Config, question: Question, dtype: torch.dtype) -> Outputs:

@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from plm import peers
+from plm.esmfold.chains import read_chains
+from plm.esmfold.geometry import backbone_atoms, rotation
+from plm.esmfold.residues import tables
+from plm.folding import fold, folding_network
 from plm.loading import Model, load, locate, open_checkpoint
 from plm.packing import Packed
 from plm.scoring import score_rows
 from plm_weights import UnknownModelError
-from plm_weights.checks import Check
+from plm_weights.checks import FOLDED, Check
 from plm_weights.registry import find
 
 # The largest float32 error of fair-esm and transformers against float64, as a share of the largest value: of random
 # networks as deep as the published ones (T5: Ankh's 72 layers; ProtT5's is 1e-6. ProGen2: GPT-J with 32 layers.
-# ProteinBERT: protein-bert 1.0.1 on TensorFlow 2.15 at the published sizes, 1.9e-6).
-FLOAT32_ERROR = {"esm": 2e-5, "bert": 3e-6, "t5": 4e-5, "progen2": 2e-6, "proteinbert": 2e-6}
+# ProteinBERT: protein-bert 1.0.1 on TensorFlow 2.15 at the published sizes, 1.9e-6. ESMFold: 36 layers, 48 blocks and
+# four passes of 64 channels, 2.5e-6 in pTM, 2e-6 in positions, 3e-7 in pLDDT).
+FLOAT32_ERROR = {"esm": 2e-5, "bert": 3e-6, "t5": 4e-5, "progen2": 2e-6, "proteinbert": 2e-6, "esmfold": 3e-6}
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def verify(
     fair-esm (``.pt``) is installed, its float32 outputs on a few sequences are compared too: the logits, and of a T5
     the encoder's hidden states. A ProGen2, which transformers has not, is given to its GPT-J, as the block is the same.
     A ProteinBERT, of which nobody published values, is compared with its authors' protein-bert where that is installed
-    with TensorFlow: all states and outputs, with annotations and pads.
+    with TensorFlow: all states and outputs, with annotations and pads. Of an ESMFold positions, pLDDT and pTM are
+    compared.
 
     Args:
         source: anything ``load`` takes; a folder or file is matched with the registry by its name.
@@ -112,7 +118,8 @@ def published_values(model: Model) -> Iterator[Finding]:
     config = model.net.config
     if row.family != model.checkpoint.family:
         return
-    if row.config and (row.config["layers"], row.config["channels"]) != (config.layers, config.channels):
+    sizes = ("layers", "blocks", "channels")  # blocks are those of a folding trunk
+    if any(getattr(config, size) != row.config[size] for size in sizes if row.config and size in row.config):
         return
     coarse = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize == 2 else 0.0
     for check in row.checks:
@@ -136,6 +143,8 @@ def describe(check: Check) -> str:
 def values(model: Model, check: Check) -> Tensor:
     """The matrix that a check speaks of; its kinds are defined in ``plm_weights.checks``."""
     tokenizer, net = model.tokenizer, model.net
+    if check.what in FOLDED:
+        return folded(model, check)
     if check.what in ("ll_sum", "ll_mean"):
         ((_, likelihood),) = score_rows(model, [tokenizer.residues(check.sequence or "")], how="likelihood")
         return torch.tensor([[likelihood.total if check.what == "ll_sum" else likelihood.mean]])
@@ -163,6 +172,19 @@ def values(model: Model, check: Check) -> Tensor:
     if check.what == "log_likelihood":
         return own[inner].sum().view(1, 1)
     return -own.mean().view(1, 1) if check.what == "nll" else log_probabilities - own
+
+
+def folded(model: Model, check: Check) -> Tensor:
+    """What a check says of a structure."""
+    sequence = check.sequence or ""
+    if check.what == "backbone":
+        chains, net = read_chains(sequence), folding_network(model)
+        (prediction,) = net.fold([chains])
+        frames = prediction.layers[check.layer or 0]
+        types, shift = chains.types.to(model.device), frames.translation * net.config.structure.scale
+        return backbone_atoms(types, rotation(frames.quaternion), shift, tables()).flatten(0, 1)
+    (structure,) = fold(model, sequence)
+    return torch.tensor([[structure.mean_plddt if check.what == "plddt" else structure.ptm]])
 
 
 def masked_probabilities(model: Model, ids: list[int], inner: slice) -> Tensor:

@@ -63,8 +63,11 @@ ALLOWED: dict[str, set[str]] = {
     "plm.placement": {"torch", "plm.families"},
     "plm.loading": {"torch", "plm_weights", "plm.families", "plm.placement", *BASICS},
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", "plm.placement", *BASICS},
-    "plm.peers": {"torch", "plm_weights", "plm.families", "plm.loading", "plm.models", *BASICS, *PEERS},
-    "plm.verification": {"torch", "plm_weights", "plm.loading", "plm.peers", "plm.scoring", *BASICS},
+    "plm.peers": {"torch", "plm_weights", "plm.families", "plm.loading", "plm.models", "plm.esmfold", *BASICS, *PEERS},
+    "plm.verification": {
+        *("torch", "plm_weights", "plm.loading", "plm.peers", "plm.scoring", "plm.esmfold", "plm.folding"),
+        *BASICS,
+    },
     "plm.prefix": {"torch", "plm_kernels", "plm.loading", "plm.models", "plm.running", *BASICS},
     "plm.mmcif": {"plm.esmfold", "plm.structures"},
     "plm.structures": {"torch", "plm.esmfold", "plm.mmcif"},

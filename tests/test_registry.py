@@ -22,7 +22,7 @@ from plm_weights.registry import CHECKPOINTS, Checkpoint, File, Form, find, head
 
 WEIGHTS = Path(registry.__file__).parent
 PUBLISHED = [row for row in CHECKPOINTS if row.header]
-FRAME = {"esm": 2, "bert": 2, "t5": 1, "progen2": 0}  # tokens around the residues, without a task
+FRAME = {"esm": 2, "bert": 2, "t5": 1, "progen2": 0, "esmfold": 0}  # tokens around the residues, without a task
 every_esm = pytest.mark.parametrize("row", [row for row in PUBLISHED if row.family == "esm"], ids=lambda row: row.name)
 
 
@@ -301,13 +301,17 @@ def test_every_published_value_belongs_to_a_row() -> None:
                 "contacts": (residues, residues),
                 "hidden": (tokens, channels),
                 "mean": (1, channels),
+                "backbone": (3 * residues, 3),
+                "plddt": (1, 1),
+                "ptm": (1, 1),
             }.get(each.what, (tokens, vocabulary))
             assert max(each.rows) < shape[0] and max(each.columns) < shape[1], (row.name, each)
-            assert each.layer is None or each.layer <= int(row.config["layers"] or 0), (row.name, each)
+            layers = row.config["structure"]["layers"] - 1 if each.what == "backbone" else row.config.get("layers")
+            assert each.layer is None or each.layer <= int(layers or 0), (row.name, each)
             assert each.source and each.licence and each.because, (row.name, each)
-    unchecked = {"esm2-15b", "prostt5", "prostt5-fp16", "igt5", "igt5-unpaired", "proteinbert"}
+    unchecked = {"esm2-15b", "prostt5", "prostt5-fp16", "igt5", "igt5-unpaired", "proteinbert", "esmfold-v0"}
     assert {row.name for row in PUBLISHED if not row.checks} == unchecked
-    assert sum(path.stat().st_size for path in files) < 120_000
+    assert sum(path.stat().st_size for path in files) < 125_000
 
 
 def test_published_values_as_printed_by_their_sources() -> None:
@@ -366,10 +370,10 @@ def test_error_is_a_share_of_what_is_allowed() -> None:
         ({"what": "loss"}, "what to be one of logits"),
         ({"ids": (1,)}, "either a sequence or ids"),
         ({"sequence": None}, "either a sequence or ids"),
-        ({"layer": 1}, "a layer for hidden and mean"),
-        ({"what": "hidden"}, "a layer for hidden and mean"),
+        ({"layer": 1}, "a layer for hidden, mean, backbone"),
+        ({"what": "hidden"}, "a layer for hidden, mean, backbone"),
         ({"sequence": None, "ids": (1,), "task": "nlu"}, "a sequence where there is a task"),
-        ({"what": "ll_sum", "sequence": None, "ids": (1,)}, "a sequence for ll_sum and ll_mean"),
+        ({"what": "ll_sum", "sequence": None, "ids": (1,)}, "a sequence for ll_sum, ll_mean"),
         ({"expected": ((1.0,),)}, "rows by columns"),
         ({"expected": ((1.0,), (float("nan"),))}, "finite"),
         ({"rows": (0, -1)}, "from 0 upwards"),

@@ -164,7 +164,7 @@ def test_the_antibody_model_is_told_from_the_others_by_its_values() -> None:
 
 
 def test_a_likelihood_is_of_residues() -> None:
-    with pytest.raises(ValueError, match="a sequence for ll_sum and ll_mean"):
+    with pytest.raises(ValueError, match="a sequence for ll_sum, ll_mean"):
         dataclasses.replace(check("ll_sum", "MK", 0.0), sequence="")
 
 

@@ -8,9 +8,10 @@
                   "rows": [1, 2], "columns": [0, 1, 2], "expected": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]}]}]
 
 ``ids`` may stand in place of ``sequence``; they go to the model as they are, and all are attended to, even ``<pad>``.
-A pair of chains is one sequence, ``"EVQ|DIQ"``; where a model has tasks, a check may name its ``task``. Only ``hidden``
-and ``mean`` have a ``layer``. Each kind of value is one matrix per sequence of n tokens, t of them residues; the inner
-tokens are all but those which the tokenizer puts around the residues (the separator of a pair is one of them):
+A pair of chains is one sequence, ``"EVQ|DIQ"``, and chains that fold together are ``"EVQ:DIQ"``; where a model has
+tasks, a check may name its ``task``. Only ``hidden``, ``mean`` and ``backbone`` have a ``layer``. Each kind of value is
+one matrix per sequence of n tokens, t of them residues; the inner tokens are all but those which the tokenizer puts
+around the residues (the separator of a pair is one of them):
 
     logits                [n, v]  of one pass over the input as it stands
     probabilities         [n, v]  softmax of the logits over the whole vocabulary
@@ -25,6 +26,10 @@ tokens are all but those which the tokenizer puts around the residues (the separ
     hidden                [n, c]  ``hidden_states[layer]``, of the encoder if there are two stacks
     mean                  [1, c]  the same, averaged over the inner tokens
     contacts              [t, t]  probabilities
+    backbone              [3t, 3] x, y and z of N, CA and C of every residue, in Ångström, after ``layer`` (from 0) of
+                                  the structure module in the last of as many passes as the checkpoint has
+    plddt                 [1, 1]  mean over all atoms, 0 to 100
+    ptm                   [1, 1]
 """
 
 import json
@@ -49,9 +54,13 @@ What = Literal[
     "hidden",
     "mean",
     "contacts",
+    "backbone",
+    "plddt",
+    "ptm",
 ]
 
-_LAYERED, _OF_RESIDUES = ("hidden", "mean"), ("ll_sum", "ll_mean")
+FOLDED = ("backbone", "plddt", "ptm")
+_LAYERED, _OF_RESIDUES = ("hidden", "mean", "backbone"), ("ll_sum", "ll_mean", *FOLDED)
 _FOLDER = Path(__file__).with_name("checks")
 
 
@@ -79,8 +88,9 @@ class Check:
             f"what to be one of {', '.join(get_args(What))}": self.what in get_args(What),
             "either a sequence or ids": (self.sequence is None) != (self.ids is None),
             "a sequence where there is a task": self.task is None or self.sequence is not None,
-            "a sequence for ll_sum and ll_mean": self.what not in _OF_RESIDUES or bool(self.sequence),
-            "a layer for hidden and mean, and for nothing else": (self.layer is not None) == (self.what in _LAYERED),
+            f"a sequence for {', '.join(_OF_RESIDUES)}": self.what not in _OF_RESIDUES or bool(self.sequence),
+            f"a layer for {', '.join(_LAYERED)}, and for nothing else": (self.layer is not None)
+            == (self.what in _LAYERED),
             "rows and columns from 0 upwards": bool(self.rows and self.columns) and min(*self.rows, *self.columns) >= 0,
             "expected to be rows by columns": shape == [len(self.columns)] * len(self.rows),
             "expected to be finite": all(math.isfinite(value) for row in self.expected for value in row),

@@ -51,7 +51,9 @@ class Checkpoint:
     aliases: tuple[str, ...] = ()
     note: str = ""
     parameters: int | None = None
-    config: Mapping[str, int | float | bool | str | None] | None = field(default=None, hash=False)
+    config: Mapping[str, int | float | bool | str | None | Mapping[str, object]] | None = field(
+        default=None, hash=False
+    )
     folder: str | None = None
     hub: str | None = None
     revision: str | None = None
