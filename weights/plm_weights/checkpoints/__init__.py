@@ -51,7 +51,7 @@ class Checkpoint:
     aliases: tuple[str, ...] = ()
     note: str = ""
     parameters: int | None = None
-    config: Mapping[str, int | float | bool | str | None | Mapping[str, object]] | None = field(
+    config: Mapping[str, int | float | bool | str | Mapping[str, object] | None] | None = field(
         default=None, hash=False
     )
     folder: str | None = None
