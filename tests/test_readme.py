@@ -41,6 +41,8 @@ def desk(random_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     def fetch(source: Checkpoint, **options: object) -> Path:
         if source.folder is not None:
             return real(source, **options)
+        if source.name == "esmfold":
+            return ROOT / "tests" / "golden" / "esmfold" / "a_hub_layout"
         if source.name not in small:
             return random_8m
         model, folder = small[source.name](), tmp_path / "published" / source.name
@@ -71,6 +73,7 @@ def test_python_blocks_run_one_after_the_other(desk: Path) -> None:
     assert len(scope["completed"].sequence) <= len(scope["protein"]) == 35 and len(scope["filled"].filled) == 2
     assert len(scope["samples"]) == 3 and [len(score.per_residue) for score in scope["scores"]] == [17, 17]
     assert (scope["state"].shape, scope["loss"].requires_grad) == ((64,), True)
+    assert scope["structure"].pae.shape == (25, 25) and scope["text"].endswith("END\n")
     assert (desk / "esm2_8m-contact-regression.pt").exists()
 
 
