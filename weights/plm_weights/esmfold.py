@@ -328,6 +328,8 @@ def hub_files(config: Mapping[str, Any], dtype: str = "float32") -> dict[str, st
 def hub_config_json(config: Mapping[str, Any], dtype: str = "float32") -> dict[str, Any]:
     """The way back from ``hub_config``: ``config.json``, with nothing left to a default."""
     structure = {theirs: config["structure"][ours] for ours, theirs in STRUCTURE.items()}
+    if float(config["structure"]["scale"]).is_integer():  # transformers 5 takes no other numbers
+        structure["trans_scale_factor"] = int(config["structure"]["scale"])
     trunk = {
         "num_blocks": config["blocks"],
         "sequence_state_dim": config["channels"],
