@@ -103,7 +103,8 @@ def is_here(row: Checkpoint) -> bool:
         return bool(weight_files(Path(__file__).with_name(row.folder)))
     if row.preferred == "original":
         path = original_path(row)
-        if weight_files(path) if row.archive else path.is_file():
+        files = [path.with_name(file.name) for file in row.originals]
+        if weight_files(path) if row.archive else all(file.is_file() for file in files):
             return True
     return row.hub is not None and cached(row.hub, row.revision or "main") is not None
 
