@@ -73,6 +73,8 @@ def convert(
             - ProteinBERT: ``weights.pkl``, the pickle of float32 arrays that protein_bert's
               ``load_pretrained_model_from_dump`` reads, without a state of the optimizer; beside it a ``config.json``,
               which it does not read, as the pickle does not tell the dilation. It has no form for transformers.
+            - ESMFold: none, as its authors' file holds objects that only OmegaConf writes. It loads, and becomes one of
+              the other two.
         dtype: None keeps what is stored. The rotary frequencies always stay float32. A T5 may be stored in float16, as
             ProtT5's encoder was published, but ``load`` does not compute in it.
 

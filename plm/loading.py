@@ -262,9 +262,9 @@ def build(opened: Opened, device: torch.device, dtype: torch.dtype, *, eight_bit
     state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
     narrow = [name for name, module in net.named_modules() if isinstance(module, Linear) and name not in HEADS]
     as_stored = {f"{name}.weight" for name in narrow} if eight_bit else set()
-    for name, tensor in list(state.items()):  # one at a time, so that a cast or a move holds a single tensor twice
-        stored = tensor.dtype
-        state[name] = tensor.to(device, stored if name in as_stored else kept_in(family, name, stored, dtype))
+    for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
+        stored = state[name].dtype
+        state[name] = state[name].to(device, stored if name in as_stored else kept_in(family, name, stored, dtype))
     net.load_state_dict(state, assign=True)
     for name, module in net.named_modules():
         if isinstance(module, Linear) and f"{name}.weight" in as_stored:
