@@ -199,8 +199,9 @@ def test_loading_holds_nothing_twice(tmp_path: Path) -> None:
     # Measured: 0.25 of its own, and 1.00 in all.
     assert found["own"] < 0.3 * size and found["most"] < 1.1 * size
     found = measured(work.replace("device='cpu'", "device='cpu', dtype='bfloat16'"), HUB, tmp_path)
-    # Measured: 1.00 in all, as pages of the file make room for what is made of them.
-    assert found["own"] < 1.01 * size and found["most"] < 1.1 * size
+    # Measured: 1.00 of its own, and 1.08 in all: the largest tensor, 8 % of this file, twice while it is cast. All of
+    # them twice would be 2.
+    assert found["own"] < 1.01 * size and found["most"] < 1.2 * size
 
 
 # ------------------------------------------------------------------------------------------------ faults
