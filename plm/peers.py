@@ -105,7 +105,7 @@ def ours(net: Network, question: Question) -> Outputs:
         return {
             "positions": torch.cat([one.positions for one in found]),
             "pLDDT": torch.cat([one.plddt for one in found]),
-            "pTM": torch.tensor([one.ptm for one in found]),
+            "PAE": torch.cat([one.pae.flatten() for one in found]),
         }
     if isinstance(net, proteinbert.ProteinBERT) and question.annotations is not None:
         both = net.represent(batch, annotations=question.annotations.to(device), pad_to=batch.max_length)
@@ -220,7 +220,7 @@ def load_transformers(kind: type[Any], opened: Opened, dtype: torch.dtype, optio
 
 
 def folding(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs | None:
-    """transformers' ESMFold, protein by protein, as it tells one pTM of all that it is given together.
+    """transformers' ESMFold, protein by protein: of a batch it would fold the pads as well.
 
     It takes all weights in one dtype, the language model's too.
     """
@@ -233,7 +233,7 @@ def folding(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs |
     return {
         "positions": torch.cat([one.positions[-1, 0] for one in found]).float(),
         "pLDDT": torch.cat([one.plddt[0] for one in found]).float(),
-        "pTM": torch.stack([one.ptm for one in found]).float(),
+        "PAE": torch.cat([one.predicted_aligned_error[0].flatten() for one in found]).float(),
     }
 
 

@@ -37,7 +37,7 @@ def check(what: What, sequence: str, rows: list[list[float]], layer: int | None 
 def test_transformers_is_asked(case: Path, dtype: str) -> None:
     report = plm.verify(case, dtype=dtype)
     assert report.passed, str(report)
-    assert [finding.what.split()[0] for finding in report.findings] == ["positions", "pLDDT", "pTM"]
+    assert [finding.what.split()[0] for finding in report.findings] == ["positions", "pLDDT", "PAE"]
     assert all(finding.source.startswith("transformers") for finding in report.findings)
 
 
