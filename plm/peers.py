@@ -102,11 +102,14 @@ def ours(net: Network, question: Question) -> Outputs:
     if isinstance(net, ESMFold):
         proteins = ["".join(map(LETTERS.__getitem__, row.tolist())) for row in batch.split(batch.tokens)]
         found = list(net.fold([read_chains(protein) for protein in proteins]))
-        return {
+        outputs = {
             "positions": torch.cat([one.positions for one in found]),
             "pLDDT": torch.cat([one.plddt for one in found]),
-            "PAE": torch.cat([one.pae.flatten() for one in found]),
+            "aligned errors": torch.cat([one.pae.flatten() for one in found]),
         }
+        # One number per protein, of the same head: too few to tell what half precision loses from chance.
+        precise = net.embed.weight.dtype.itemsize > 2
+        return outputs | ({"pTM": torch.tensor([one.ptm for one in found])} if precise else {})
     if isinstance(net, proteinbert.ProteinBERT) and question.annotations is not None:
         both = net.represent(batch, annotations=question.annotations.to(device), pad_to=batch.max_length)
         return {"local representations": both.hidden, "global representations": both.global_}
@@ -220,7 +223,7 @@ def load_transformers(kind: type[Any], opened: Opened, dtype: torch.dtype, optio
 
 
 def folding(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs | None:
-    """transformers' ESMFold, protein by protein: of a batch it would fold the pads as well.
+    """transformers' ESMFold, protein by protein, as it tells one pTM of all that it is given together.
 
     It takes all weights in one dtype, the language model's too.
     """
@@ -233,7 +236,8 @@ def folding(opened: Opened, question: Question, dtype: torch.dtype) -> Outputs |
     return {
         "positions": torch.cat([one.positions[-1, 0] for one in found]).float(),
         "pLDDT": torch.cat([one.plddt[0] for one in found]).float(),
-        "PAE": torch.cat([one.predicted_aligned_error[0].flatten() for one in found]).float(),
+        "aligned errors": torch.cat([one.predicted_aligned_error[0].flatten() for one in found]).float(),
+        "pTM": torch.stack([one.ptm for one in found]).float(),
     }
 
 

@@ -37,7 +37,8 @@ def check(what: What, sequence: str, rows: list[list[float]], layer: int | None 
 def test_transformers_is_asked(case: Path, dtype: str) -> None:
     report = plm.verify(case, dtype=dtype)
     assert report.passed, str(report)
-    assert [finding.what.split()[0] for finding in report.findings] == ["positions", "pLDDT", "PAE"]
+    names = ["positions", "pLDDT", "aligned errors", *(["pTM"] if dtype == "float32" else [])]
+    assert [finding.what.partition(" of ")[0] for finding in report.findings] == names
     assert all(finding.source.startswith("transformers") for finding in report.findings)
 
 
@@ -134,4 +135,4 @@ def test_a_namesake_of_another_size_is_not_held_to_a_rows_numbers(tmp_path: Path
 
 def test_on_the_command_line(run: Plm) -> None:
     code, out, _ = run("verify", str(HUB))
-    assert code == 0 and "3 of 3 comparisons passed" in out and "positions of 2 sequences" in out
+    assert code == 0 and "4 of 4 comparisons passed" in out and "positions of 2 sequences" in out
