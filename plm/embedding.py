@@ -61,7 +61,8 @@ def embed(
         annotations: of a ProteinBERT, ``[sequences, a]``: 1 for what is known of a protein, 0 for the rest; the
             published one has 8,943. None: nothing is known, as the authors embed.
         max_tokens: tokens per batch, with the pads that were asked for. It changes speed and memory, and in float32 on
-            a CPU no bit of the result; of a ProteinBERT without ``pad_to`` the last bits (1e-6 of the largest number).
+            a CPU no bit of the result; but of a ProteinBERT the last bits (1e-6 of the largest number; with ``pad_to``
+            none at the published sizes, but for the probabilities of annotations that layer "all" ends in).
 
     Returns:
         Tensors on the CPU in input order: ``[L, c]`` with exactly one row per residue, of a pair those of the heavy

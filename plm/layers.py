@@ -54,7 +54,10 @@ class PackedWeight:
 
     def of(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The packed form of ``weight``, if ``x`` can use it: on a CPU, without gradients, in a dtype oneDNN packs."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _packing.get():
+        if torch.is_grad_enabled():
+            self.made_from = None  # whoever trains changes the weight, and not always so that it shows below
+            return None
+        if torch.is_autocast_enabled("cpu") or not _packing.get():
             return None
         if x.device.type != "cpu" or x.dtype != weight.dtype or weight.is_inference():
             return None
@@ -62,8 +65,9 @@ class PackedWeight:
             return self.packed
         self.seen_in = scope
         state = (weight.data_ptr(), weight._version, weight.dtype)
-        # Fused optimizers and edits of ``weight.data`` do not count versions; they change a sample of the numbers.
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        # Fused optimizers and edits of ``weight.data`` do not count versions; they change a sample of the numbers. Its
+        # odd step comes by all columns and taps.
+        sample = weight.detach().flatten()[:: weight.numel() // 64 | 1]
         if self.made_from != state or not torch.equal(self.sample, sample):
             self.packed, self.made_from, self.sample = self.pack(weight), state, sample.clone()
         return self.packed
@@ -74,7 +78,7 @@ class PackedWeight:
             return None
         if self.made_from is None:
             self.packed = pack_weight(weight.to(torch.bfloat16))
-            self.made_from = (weight.data_ptr(), weight._version, weight.dtype)
+            self.made_from = (weight.data_ptr(), 0, weight.dtype)  # an inference tensor counts no versions
         return self.packed
 
 

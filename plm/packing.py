@@ -99,22 +99,26 @@ class Packed:
         return type(self)(tokens, self.lengths, offsets, positions)
 
 
-def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> Iterator[list[int]]:
     """Indices of sequences, longest first, in batches of at most ``max_tokens`` tokens.
 
     A sequence longer than the budget gets a batch of its own. Longest first, so that a job that will not fit
     fails at its start and the estimate of the time left only improves.
+
+    ``padded``: each costs as many tokens as the longest of its batch, and one of less than half of it starts the next.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and tokens + lengths[i] > max_tokens:
+        longest = lengths[batch[0]] if batch else lengths[i]
+        cost = longest if padded else lengths[i]
+        if batch and (tokens + cost > max_tokens or (padded and 2 * lengths[i] < longest)):
             yield batch
-            batch, tokens = [], 0
+            batch, tokens, cost = [], 0, lengths[i]
         batch.append(i)
-        tokens += lengths[i]
+        tokens += cost
     if batch:
         yield batch
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plm.esmfold.model import ESMFold
 from plm.loading import Model
+from plm.models.proteinbert import ProteinBERT
 from plm.packing import Packed, batches
 from plm.sequences import Fault, InputError
 from plm.tokens import Tokenizer
@@ -134,17 +135,15 @@ def encode(
             continue
         row = separator.join(parts)
         if tokens := [id for part in parts for id in part if id in foreign]:
-            hint = "give residues alone: task='...' puts the tokens before them, and a pair is HEAVY|LIGHT"
-            if not tokenizer.framed:
-                hint = f"give residues alone: {tokenizer.start} is put before them and {tokenizer.end} behind them"
+            hint = "give residues alone: the tokens around them are put there"
+            hint += " (task='...' chooses which)" if tokenizer.tasks else ""
+            hint += ", and a pair is HEAVY|LIGHT" if separator else ""
             fault(i, f"{tokenizer.decode(tokens[:1])} is no residue", hint)
         elif limit is not None and len(row) + around > limit:
-            taker, hint = (
-                model.checkpoint.name,
-                "cut the sequence into domains, or use ESM-2 or a T5, which have no limit",
-            )
+            taker = model.checkpoint.name if pad_to is None else f"pad_to={pad_to}"
+            hint = "cut the sequence into domains, or use ESM-2 or a T5, which have no limit"
             if pad_to is not None:
-                taker, hint = f"pad_to={pad_to}", "pad to more, or leave it out: then each has its own length"
+                hint = f"pad to {around} more than its residues; without pad_to (--pad-to) each has its own length"
             fault(i, f"{len(row):,} residues; {taker} takes at most {limit - around:,}", hint)
         rows.append(row)
     if faults:
@@ -158,12 +157,17 @@ def token_limit(model: Model, pad_to: int | None = None) -> int | None:
 
 
 def foreign_tokens(tokenizer: Tokenizer, hidden: bool) -> bytes:
-    """Ids that no sequence may have: what stands around or between residues, and unless ``hidden`` all but letters."""
+    """Ids that no sequence may have: what stands around or between residues, and unless ``hidden`` all but letters.
+
+    ProteinBERT's ``<OTHER>`` is a letter: all that it has no own one for.
+    """
     around = {tokenizer.start, tokenizer.end, tokenizer.separator, "<pad>", "[PAD]", "<PAD>"}
     around |= {task.prefix for task in tokenizer.tasks.values()}
     around |= {token for token in tokenizer.vocabulary if token.startswith("<|")}  # ProGen2's, and tags of its ports
     return bytes(
-        i for i, token in enumerate(tokenizer.vocabulary) if token in around or (not hidden and len(token) > 1)
+        i
+        for i, token in enumerate(tokenizer.vocabulary)
+        if token in around or (not hidden and len(token) > 1 and token != "<OTHER>")
     )
 
 
@@ -216,7 +220,8 @@ def run(
     """
     budget = default_max_tokens(model) if max_tokens is None else max_tokens
     around = sum(map(len, model.tokenizer.frame(task)))
-    groups = batches([pad_to or len(row) + around for row in rows], budget)
+    lengths = [pad_to or len(row) + around for row in rows]
+    groups = batches(lengths, budget, padded=isinstance(model.net, ProteinBERT))
     for batch, results in halved(model, groups, lambda some: _forward(model, rows, some, forward, task)):
         for i, result in zip(batch, results, strict=True):
             check_finite(model, i, result)

@@ -93,7 +93,7 @@ def score(
             others.
         task: as ``plm.embed``; Ankh's own code scores Ankh3 with "nlu", the default.
         pad_to, annotations: of a ProteinBERT, as ``plm.embed``.
-        max_tokens: tokens per batch; speed and memory, not results.
+        max_tokens: tokens per batch; speed and memory, not results (of a ProteinBERT without ``pad_to`` the last bits).
 
     Returns: one ``Score`` per sequence, in input order.
     Raises:

@@ -121,7 +121,7 @@ def test_too_long_for_the_pads(run: Plm, tiny: str, tmp_path: Path) -> None:
         command = (verb, "in.fasta", "-m", tiny, "--pad-to", "20", *argv)
         code, out, err = run(*command)
         assert (code, out) == (4, "") and "line 3, record 2 'b': 19 residues; pad_to=20 takes at most 18" in err
-        assert "pad to more, or leave it out" in err and outputs(tmp_path, "in.fasta", "out.npz") == []
+        assert "pad to 2 more than its residues" in err and outputs(tmp_path, "in.fasta", "out.npz") == []
         code, _, err = run(*command, "--too-long", "skip")
         assert code == 3 and "Failed: " in err
     assert read_embeddings("out.npz").ids == ["a", "c"]

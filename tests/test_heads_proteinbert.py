@@ -372,3 +372,12 @@ def test_a_head_begins_the_same_way() -> None:
     limit = math.sqrt(6 / (1562 + 3))
     assert 0.98 * limit < head.dense.weight.abs().max() <= limit
     assert torch.count_nonzero(head.dense.bias) == 0
+
+
+def test_networks_that_cannot_be_trained() -> None:
+    net = ProteinBERT(Config(26, 9, layers=1, channels=8, global_channels=16, heads=2, key_size=4))
+    with pytest.raises(ValueError, match="these heads read a ProteinBERT; got a Linear"):
+        FineTuned(torch.nn.Linear(2, 2), Task("binary"))  # type: ignore[arg-type]
+    net.lm_head.keep_8_bits()
+    with pytest.raises(ValueError, match="8 bits cannot be trained"):
+        FineTuned(net, Task("binary"))

@@ -5,6 +5,8 @@ number of tokens, or among proteins of its own length. In a wider batch, in whic
 rounding: how oneDNN and a softmax cut a row into steps depends on its width.
 """
 
+import copy
+
 import pytest
 import torch
 from oracle_proteinbert import Twin
@@ -12,7 +14,7 @@ from parity import Outputs, differences, rms
 from stored_proteinbert import build, numbered
 from torch import Tensor
 
-from plm.models.proteinbert import ProteinBERT
+from plm.models.proteinbert import Config, ProteinBERT
 from plm.packing import Packed
 from plm_kernels import filters_available
 
@@ -123,3 +125,23 @@ def test_a_neighbour_changes_nothing() -> None:
         same = net(tokens, lengths=lengths)
     assert not out.local[0].isfinite().any() and out.local[2].isfinite().all() and out.global_[1:].isfinite().all()
     assert torch.equal(same.local[1, :30], out.local[1, :30]) and torch.equal(same.global_[1], out.global_[1])
+
+
+@pytest.mark.parametrize("residues", [10, 16])
+def test_prediction_after_fused_training_on_short_proteins(residues: int) -> None:
+    """Taps that no protein reaches are not trained, fused optimizers count no versions: packed weights still follow."""
+    torch.manual_seed(0)
+    net = ProteinBERT(Config(26, 20, layers=2, channels=32, global_channels=64, heads=4, key_size=16))
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    tokens = torch.randint(0, 22, (4, residues))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, fused=True)
+    with torch.no_grad():
+        before = net(tokens).local
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(tokens).local_logits.square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        found, fresh = net(tokens).local, copy.deepcopy(net)(tokens).local
+    assert not torch.allclose(found, before) and torch.equal(found, fresh)

@@ -57,6 +57,20 @@ def test_batches_take_every_sequence_once_within_the_budget(lengths: list[int], 
     assert in_turn == sorted(in_turn, reverse=True)
 
 
+def test_padded_batches_cost_what_is_computed() -> None:
+    """A long sequence among short ones does not make rectangles of its length of all of them."""
+    for lengths, budget in (([2000] + [9] * 500, 4096), ([700, 690, 30, 28, 28, 27] * 20, 2048), ([5000, 3], 1000)):
+        found = list(batches(lengths, budget, padded=True))
+        assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+        computed = 0
+        for batch in found:
+            sizes = [lengths[i] for i in batch]
+            assert len(batch) == 1 or (len(batch) * max(sizes) <= budget and 2 * min(sizes) >= max(sizes))
+            computed += len(batch) * max(sizes)
+        assert computed <= 2 * sum(lengths)
+    assert len(list(batches([2000] + [9] * 500, 4096, padded=True))) == 3  # the long one, and 455 and 45 short ones
+
+
 def test_rows_may_come_from_any_iterable() -> None:
     assert Packed.from_ids(iter(ROWS)).lengths == (3, 2, 5)
     assert Packed.from_ids(torch.ones(3, 4, dtype=torch.int64)).lengths == (4, 4, 4)

@@ -8,6 +8,7 @@ measured on the same inputs (tests/golden/make_errors_proteinbert.py).
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from stored_proteinbert import (
 )
 from torch import Tensor
 
-from plm.models.proteinbert import Config
+from plm.models.proteinbert import Config, ProteinBERT, pretraining_loss
 from plm.packing import Packed
 from plm_weights import export_weights
 from plm_weights.proteinbert import published_rows
@@ -327,3 +328,23 @@ def test_each_wrong_setting_is_caught(case: Case, changes: dict[str, Any]) -> No
 def test_configurations_that_do_not_make_sense() -> None:
     with pytest.raises(ValueError, match="got 20 and 3"):
         Config(26, 13, 2, 12, 20, 3, 6)
+
+
+def test_wrong_arguments_of_the_network() -> None:
+    """Lengths, layers and sizes that cannot be meant."""
+    config = Config(26, 9, layers=2, channels=8, global_channels=16, heads=2, key_size=4)
+    net = ProteinBERT(config)
+    tokens = torch.randint(0, 22, (2, 7))
+    for lengths in ([7], [7, 8], [0, 7], [[7, 7]]):
+        with pytest.raises(ValueError, match="2 numbers from 1 to 7, one per row of tokens"):
+            net(tokens, lengths=lengths)
+    assert torch.equal(net(tokens, lengths=(7, 4)).local, net(tokens, lengths=torch.tensor([7, 4])).local)
+    for layer in (-1, 3):
+        with pytest.raises(ValueError, match="from 0 to 2"):
+            net.encode(Packed.from_ids(list(tokens)), layer=layer)
+    wrong: tuple[dict[str, Any], ...] = ({"dilation": 0}, {"dilation": "5"}, {"heads": 0}, {"kernel": 2.5})
+    for change in (*wrong, {"norm_eps": -1.0}, {"norm_eps": math.nan}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            replace(config, **change)
+    with pytest.raises(ValueError, match="local_logits=True"):
+        pretraining_loss(net(tokens, local_logits=False), tokens, torch.zeros(2, 9))

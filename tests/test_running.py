@@ -45,7 +45,8 @@ def test_a_halved_batch_knows_its_rows_too() -> None:
 
 
 def test_pads_that_were_asked_for_count() -> None:
-    """Twenty tokens a row and 45 a batch: two rows at a time, whatever their lengths. Without pads all fit."""
+    """Twenty tokens a row and 45 a batch: two rows at a time, whatever their lengths. Without them those of 14 and 10,
+    and then those of 6 to 3: beside 14, six would be more pads than protein."""
     model = proteinbert_model()
     rows = running.encode(model, TEXTS, pad_to=20)
     sizes: list[int] = []
@@ -56,7 +57,7 @@ def test_pads_that_were_asked_for_count() -> None:
 
     list(running.run(model, rows, forward, max_tokens=45, pad_to=20))
     list(running.run(model, rows, forward, max_tokens=45))
-    assert sizes == [2, 2, 2, 6]
+    assert sizes == [2, 2, 2, 2, 4]
 
 
 def test_what_does_not_fit_is_named_with_all_that_does_not() -> None:
@@ -64,4 +65,6 @@ def test_what_does_not_fit_is_named_with_all_that_does_not() -> None:
         running.encode(proteinbert_model(), TEXTS, pad_to=6)
     assert [fault.record for fault in caught.value.faults] == [1, 5]
     assert "record 1 'MKTAYIAK': 8 residues; pad_to=6 takes at most 4" in str(caught.value)
-    assert "What to do: pad to more, or leave it out: then each has its own length" in str(caught.value)
+    assert "What to do: pad to 2 more than its residues; without pad_to (--pad-to) each has its own length" in str(
+        caught.value
+    )

@@ -103,8 +103,14 @@ def test_settings_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
         plm.score(igbert(), "MKT", pad_to=512)
     with pytest.raises(ValueError, match="annotations are for ProteinBERT; igbert reads residues alone"):
         plm.score(igbert(), "MKT", annotations=torch.zeros(1, 40))
-    with pytest.raises(plm.InputError, match="<OTHER> is no residue"):
-        plm.score(model, "MK<OTHER>")
+    with pytest.raises(plm.InputError, match="<PAD> is no residue"):
+        plm.score(model, "MK<PAD>")
+
+
+def test_what_has_no_letter_of_its_own_is_scored() -> None:
+    """As its authors' code reads B, J, O and Z."""
+    (found,) = plm.score(proteinbert_model(), "MK<OTHER>")
+    assert len(found.per_residue) == 3
 
 
 # Variants

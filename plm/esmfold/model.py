@@ -81,7 +81,7 @@ class ESMFold(nn.Module):
         self.config = config
         width, c, pair = int(config.stem["channels"]), config.channels, config.pair
         self.stem: Any = stem
-        self.layer_weights = nn.Parameter(torch.empty(int(config.stem["layers"]) + 1))
+        self.layer_weights = nn.Parameter(torch.zeros(int(config.stem["layers"]) + 1))
         self.stem_transition = StemTransition(width, c)
         self.embed = nn.Embedding(len(LETTERS) + 2, c)
         self.relative_positions = nn.Embedding(2 * config.position_bins + 2, pair)

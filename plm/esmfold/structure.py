@@ -29,7 +29,7 @@ class InvariantPointAttention(nn.Module):
         self.query_points = Linear(c, h * config.query_points * 3)
         self.key_value_points = Linear(c, h * (config.query_points + config.value_points) * 3)
         self.pair_bias = Linear(config.pair, h)
-        self.head_weights = nn.Parameter(torch.empty(h))
+        self.head_weights = nn.Parameter(torch.zeros(h))
         self.out = Linear(h * (config.head_size + 4 * config.value_points + config.pair), c)
 
     def forward(self, s: Tensor, z: Tensor, bias: Tensor, rotations: Tensor, translation: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Letters: b proteins, t tokens, n packed tokens, c local channels, g global chann
 a annotations, v vocabulary, l blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -41,6 +42,11 @@ class Config:
     norm_eps: float = 1e-3
 
     def __post_init__(self) -> None:
+        sizes = {name: value for name, value in vars(self).items() if name != "norm_eps"}
+        if wrong := [f"{k} {v!r}" for k, v in sizes.items() if type(v) is not int or v < 1]:
+            raise ValueError(f"sizes must be whole numbers of at least 1; got {', '.join(wrong)}")
+        if not isinstance(self.norm_eps, int | float) or not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number from 0 to 1; got {self.norm_eps!r}")
         if self.global_channels % self.heads:
             raise ValueError(
                 "global_channels must be a multiple of heads, as the heads' values end to end are a global vector; "
@@ -127,8 +133,8 @@ class Convolution(nn.Module):
     def __init__(self, config: Config, dilation: int) -> None:
         super().__init__()
         self.dilation = dilation
-        self.weight = nn.Parameter(torch.empty(config.channels, config.channels, config.kernel))
-        self.bias = nn.Parameter(torch.empty(config.channels))
+        self.weight = nn.Parameter(torch.zeros(config.channels, config.channels, config.kernel))
+        self.bias = nn.Parameter(torch.zeros(config.channels))
         self.packed = PackedWeight(pack_filters)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +221,7 @@ class ProteinBERT(nn.Module):
         tokens: Tensor,
         annotations: Tensor | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         local_logits: bool = True,
@@ -232,7 +238,7 @@ class ProteinBERT(nn.Module):
             attentions: keep the weights of the global attention.
             local_logits, annotation_logits: set to False to skip a head; that of the annotations is the widest product.
 
-        Raises: ValueError for annotations of another shape.
+        Raises: ValueError for annotations of another shape, or lengths that are not those of the rows.
         """
         out = self.tracks(tokens, annotations, lengths=lengths, hidden_states=hidden_states, attentions=attentions)
         return replace(
@@ -277,16 +283,16 @@ class ProteinBERT(nn.Module):
         tokens: Tensor,
         annotations: Tensor | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         layer: int | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         global_: bool = True,
     ) -> Output:
         """What comes before the heads; arguments as those of ``forward`` and ``encode``."""
-        keep = None
-        if lengths is not None and int(lengths.min()) < tokens.shape[1]:
-            keep = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        if layer is not None and not 0 <= layer <= len(self.blocks):
+            raise ValueError(f"layer must be from 0 to {len(self.blocks)}; got {layer}")
+        keep = self.kept(tokens, lengths)
         x, y = self.embed(tokens), self.embed_annotations(annotations, len(tokens))
         local, both, maps = [x], [y], []
         blocks = self.blocks[:layer]
@@ -307,9 +313,24 @@ class ProteinBERT(nn.Module):
             attentions=tuple(maps) if attentions else None,
         )
 
+    def kept(self, tokens: Tensor, lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+        """Where the proteins are, ``[b, t]`` bool; None if they fill the rows, or if pads are tokens."""
+        if lengths is None:
+            return None
+        lengths = torch.as_tensor(lengths, device=tokens.device)
+        if lengths.shape != tokens.shape[:1] or not bool(((lengths > 0) & (lengths <= tokens.shape[1])).all()):
+            raise ValueError(
+                f"lengths must be {len(tokens)} numbers from 1 to {tokens.shape[1]}, one per row of tokens; got "
+                f"{lengths.tolist()}"
+            )
+        if int(lengths.min()) == tokens.shape[1]:
+            return None
+        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
     def embed_annotations(self, annotations: Tensor | None, count: int) -> Tensor:
         """The first global states ``[b, g]``. Of all-zero annotations only the bias is left, so nothing is multiplied
-        (unless gradients are wanted, which are zeros then, and not missing).
+        (but where gradients are wanted zeros that are given are: then the weights have zeros for gradients, and none if
+        no annotations are given).
 
         Raises: ValueError for another shape than ``[b, a]``.
         """
@@ -350,8 +371,12 @@ def pretraining_loss(
     Args:
         tokens: ``[b, t]`` true ids, where the network was given noisy ones.
         annotations: ``[b, a]`` true annotations, 0 or 1.
+
+    Raises: ValueError if the output lacks one of the two logits.
     """
-    assert out.local_logits is not None and out.annotation_logits is not None
+    if out.local_logits is None or out.annotation_logits is None:
+        raise ValueError("the loss of pre-training needs local_logits=True and annotation_logits=True")
+    annotations = annotations.to(out.annotation_logits.dtype)
     letters = F.cross_entropy(out.local_logits.transpose(1, 2), tokens.long(), reduction="none")
     known = F.binary_cross_entropy_with_logits(out.annotation_logits, annotations, reduction="none").mean(-1)
     letters = (letters * (tokens != PAD)).mean()

@@ -191,10 +191,18 @@ class FineTuned(nn.Module):
             residue or ``(2 l + 1) g + a`` per protein; 1,562 and 15,599 of the published network), or these
             "probabilities" alone.
         dropout: of what the head reads.
+
+    It trains the very network that it is given (``model.net`` of a loaded model is then another one).
+
+    Raises: ValueError for a network that cannot be trained: another one, or one with weights in 8 bits.
     """
 
     def __init__(self, net: ProteinBERT, task: Task, *, reads: Reads = "representations", dropout: float = 0.5) -> None:
         super().__init__()
+        if not isinstance(net, ProteinBERT):
+            raise ValueError(f"these heads read a ProteinBERT; got a {type(net).__name__}")
+        if not all(weight.is_floating_point() for weight in net.parameters()):
+            raise ValueError("weights in 8 bits cannot be trained; load the model in float32 or bfloat16")
         self.net, self.task, self.reads = net, task, reads
         self.head = Head(task, head_inputs(net.config, task, reads), dropout).to(net.embed.weight)
         self.freeze(False)
