@@ -153,6 +153,16 @@ def test_usage_errors(
     assert outputs(tmp_path, table) == []
 
 
+def test_the_users_table_is_kept(run: Plm, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under whatever name the output means it."""
+    no_model_is_loaded(monkeypatch)
+    (tmp_path / "link.csv").symlink_to(table)
+    for name in (table, f"./{table}", "link.csv"):
+        code, out, err = run("annotate", SEQUENCE, "-m", ESM2, "--terms", table, "-o", name, "--overwrite")
+        assert (code, out) == (2, "") and f"{name} is the file of --terms; --overwrite would destroy it" in err
+    assert (tmp_path / table).read_text() == TERMS
+
+
 def test_a_faulty_table_is_told_before_a_model_is_loaded(
     run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

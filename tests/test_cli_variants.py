@@ -280,6 +280,10 @@ def test_files_that_cannot_be_read(run: Plm, tmp_path: Path) -> None:
         (("two.fasta", "--scan"), "two.fasta has 2 sequences; a wild type is one"),
         (("in.csv", "--sequence-column", "wild", "-o", "a.png"), "a heat map shows one wild type; the input has 2"),
         (("in.csv", "--sequence", "MKT", "-o", "in.csv", "--overwrite"), "in.csv is the input"),
+        (
+            ("in.csv", "--sequence", "wild.csv", "-o", "wild.csv", "--overwrite"),
+            "wild.csv is the file of --sequence; --overwrite would destroy it",
+        ),
     ],
 )
 def test_usage_errors(
@@ -288,9 +292,11 @@ def test_usage_errors(
     no_model_is_loaded(monkeypatch)
     write(tmp_path / "in.csv", [["mutant", "wild"], ["M1A", "MKT"], ["M1A", "MKV"]])
     (tmp_path / "two.fasta").write_text(">a\nMKT\n>b\nMKV\n")
+    (tmp_path / "wild.csv").write_text("sequence\nMKT\n")
     code, out, err = run("variants", *argv, "-m", ESM2)
     assert (code, out) == (2, "") and told in err and "Usage: plm variants" in err
-    assert outputs(tmp_path, "in.csv", "two.fasta") == []
+    assert outputs(tmp_path, "in.csv", "two.fasta", "wild.csv") == []
+    assert (tmp_path / "wild.csv").read_text() == "sequence\nMKT\n"
     assert run("variants", "MKT", "--scan").err.count("choose a model with -m") == 1
 
 

@@ -67,7 +67,7 @@ def annotate(
     if partial_terms and table is None:
         raise click.UsageError("--partial-terms is of a table: give it with --terms.")
     job.keep_stdout_free("annotations")
-    job.keep_input()
+    job.keep_input(terms=table)
 
     from plm.terms import read_terms
 

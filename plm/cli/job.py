@@ -84,10 +84,12 @@ class Job:
         self.note(*reading.changes)
         return reading
 
-    def keep_input(self) -> None:
-        """Raises: click.UsageError if the output would replace the input."""
-        if self.output != "-" and _is_same_file(self.input, self.output):
-            raise click.UsageError(f"{self.output} is the input; --overwrite would destroy it. Choose another output.")
+    def keep_input(self, **others: str | None) -> None:
+        """Raises: click.UsageError if the output would replace the input, or one of other files, by their options."""
+        files = {"the input": self.input, **{f"the file of --{name}": file for name, file in others.items() if file}}
+        for what, file in files.items():
+            if self.output != "-" and _is_same_file(file, self.output):
+                raise click.UsageError(f"{self.output} is {what}; --overwrite would destroy it. Choose another output.")
 
     def keep_stdout_free(self, what: str) -> None:
         """Raises: click.UsageError if both the data and the summary would go to stdout."""

@@ -126,7 +126,7 @@ def variants(
     if not scan and (sequence is None) == (sequence_column is None):
         raise click.UsageError("give the wild type with --sequence or --sequence-column, or as the input with --scan.")
     job.keep_stdout_free("scores")
-    job.keep_input()
+    job.keep_input(sequence=sequence)
     if scan:
         table = read_scan(job.input, offset)
     else:
