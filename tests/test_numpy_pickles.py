@@ -328,7 +328,9 @@ def test_handmade_arrays_are_as_numpy_makes_them(tmp_path: Path) -> None:
     [
         (handmade((2, 3), bytes(20)), r"array \(2, 3\) has 20 bytes, wanted 24"),
         (handmade((2, 3), bytes(28)), "has 28 bytes, wanted 24"),
-        (handmade((2**62, 2**62), bytes(4)), "has 4 bytes, wanted"),
+        (handmade((2**59, 2), bytes(4)), "has 4 bytes, wanted"),
+        (handmade((2**62, 2**62), bytes(4)), "larger than any memory"),
+        (handmade((0, 2**62, 2**62), b""), r"an array \(0, .*\), larger than any memory"),
         (handmade((2**63,), bytes(4)), "where a count belongs"),
         (handmade((-1, -1), bytes(4)), "where a count belongs"),
         (handmade((1,) * 33, bytes(4)), "33 axes"),

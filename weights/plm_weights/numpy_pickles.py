@@ -117,6 +117,8 @@ class ArrayPickle(Machine):
             raise ValueError(f"it has an array of dtype {dtype.code!r}; ProteinBERT's are 'f4', float32")
         if fortran:
             raise ValueError(f"its array {shape} lies in Fortran's order; save numpy.ascontiguousarray of it")
+        if prod(size or 1 for size in shape) * SIZES[dtype.code] >= 2**63:
+            raise ValueError(f"it has an array {shape}, larger than any memory")
         if span.size != SIZES[dtype.code] * prod(shape):
             raise ValueError(f"its array {shape} has {span.size:,} bytes, wanted {SIZES[dtype.code] * prod(shape):,}")
 

@@ -152,6 +152,8 @@ def _variable(name: str, entry: Fields) -> Variable:
     shapes = entry.messages(2)
     shape = tuple(axis.number(1) for each in shapes for axis in each.messages(2))
     variable = Variable(dtype, shape, entry.number(3), entry.number(4))
+    if prod(size or 1 for size in shape[:64]) * dtype.itemsize >= 2**63:
+        raise ValueError(f"{name} has shape {shape[:64]}, larger than any memory")
     if len(shape) > 64 or variable.size != entry.number(5):
         raise ValueError(f"{name} of shape {shape[:64]} and {dtype} has {entry.number(5):,} bytes")
     return variable
