@@ -1,7 +1,6 @@
 """From a name or a path to a model: find the files, prove the key map on headers, then read the weights."""
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from plm_weights import (
 from plm_weights.archives import is_archive, unpacked
 from plm_weights.fetch import fetch, home, original_path, row_of, weight_files
 from plm_weights.registry import CHECKPOINTS, Checkpoint, find
+from plm_weights.settings import read_object
 from plm_weights.vocabularies import published_vocabulary
 
 HEADS = ("lm_head", "annotation_head")  # linear layers that are never kept in 8 bits
@@ -349,13 +349,7 @@ def read_config(path: Path) -> dict[str, object]:
     """The settings in a ``config.json``."""
     if not path.exists():
         raise CheckpointError(f"{path} is missing; weights in this layout need it beside them")
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} must hold one JSON object; it holds a {type(settings).__name__}")
-    return settings
+    return read_object(path)
 
 
 def own_config(settings: Mapping[str, object]) -> dict[str, object]:

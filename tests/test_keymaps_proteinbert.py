@@ -234,11 +234,12 @@ def test_the_configuration_of_the_goldens(name: str) -> None:
 
 
 def test_what_no_shape_tells(tmp_path: Path) -> None:
-    """Without a file, the published dilation and eps; with one, what it says, however little that is."""
+    """Without a file, the published dilation and eps; with one, what it says, if that is the dilation at least."""
     shapes = CONFIGS["tiny_2blocks"]
     assert read_config("pickle", source_in(tmp_path, None)) == shapes
-    assert read_config("pickle", source_in(tmp_path, {})) == shapes
-    told = {"wide_conv_dilation": 3, "layer_norm_eps": 1e-5}
+    told = {"model_type": "proteinbert", "wide_conv_dilation": 3}
+    assert read_config("pickle", source_in(tmp_path, told)) == shapes | {"dilation": 3}
+    told |= {"layer_norm_eps": 1e-5}
     assert read_config("pickle", source_in(tmp_path, told)) == shapes | {"dilation": 3, "norm_eps": 1e-5}
 
 
@@ -246,6 +247,8 @@ def test_what_no_shape_tells(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"model_type": None}, "has no model_type; wanted is a model_type of 'proteinbert' and the wide_conv_dilation"),
+        ({"wide_conv_dilation": None}, r"has no wide_conv_dilation; .*Where no config\.json lies there, 5 is taken"),
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"gelu": "tanh"}, "gelu is 'tanh'"),
         ({"pad_token_id": 0}, "pad_token_id is 0"),
@@ -262,10 +265,25 @@ def test_configurations_that_are_refused(changes: dict[str, object], says: str, 
         read_config("pickle", source_in(tmp_path, settings() | changes))
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", r"config\.json is not JSON"), ("[]", "must hold one JSON object")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", r"config\.json is not JSON"),
+        ("[" * 100_000, r"config\.json is not JSON"),
+        ("[]", "must hold one JSON object"),
+        ("{}", "has no model_type and no wide_conv_dilation"),
+    ],
+)
 def test_a_configuration_that_is_none(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=says):
         read_config("pickle", source_in(tmp_path, text))
+
+
+def test_a_configuration_that_is_a_folder(tmp_path: Path) -> None:
+    source = source_in(tmp_path, None)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Is a directory"):
+        read_config("pickle", source)
 
 
 def test_the_number_in_the_pickle_must_be_that_of_the_weights(tmp_path: Path) -> None:

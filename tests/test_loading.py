@@ -64,6 +64,11 @@ BAD_CHECKPOINTS: dict[str, tuple[Spoil, str]] = {
     "torn": (lambda f: os.truncate(f / "model.safetensors", 300_000), "model.safetensors"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "not json": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is not JSON"),
+    "a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        "config.json cannot be read: Is a directory",
+    ),
     "list": (lambda f: (f / "config.json").write_text("[]"), "must hold one JSON object; it holds a list"),
     "no config": (
         lambda f: (f / "config.json").unlink(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from plm_weights.errors import CheckpointError
 from plm_weights.keymap import Drop, KeyMap, Row
 from plm_weights.read import TensorSource
-from plm_weights.settings import read_size, read_value, require
+from plm_weights.settings import read_object, read_size, read_value, require
 
 DILATION, NORM_EPS = 5, 1e-3  # what the published checkpoint was made with; no shape tells them
 VOCABULARY = 26
@@ -124,7 +124,7 @@ def published_rows(config: Mapping[str, Any], layout: Literal["pickle", "keras"]
 def read_config(layout: str, tensors: TensorSource) -> dict[str, Any]:
     """The keywords of our ProteinBERT config from the shapes, and from a ``config.json`` if one lies in the folder.
 
-    That names the dilation of the wide convolution, which no shape tells; without it, it is the published one.
+    That must name the dilation of the wide convolution, which no shape tells; without a file it is the published one.
 
     Raises: CheckpointError if the number of weights or a shape is that of no ProteinBERT, or if that file or the number
     in the pickle contradicts them.
@@ -139,13 +139,7 @@ def read_config(layout: str, tensors: TensorSource) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         return {**found, "dilation": DILATION, "norm_eps": NORM_EPS}
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} must hold one JSON object; it holds a {type(settings).__name__}")
-    return {**found, **from_settings(settings, found)}
+    return {**found, **from_settings(read_object(file), found)}
 
 
 def from_shapes(meta: Mapping[str, Tensor], layout: Literal["pickle", "keras"]) -> dict[str, Any]:
@@ -196,7 +190,13 @@ SIZES = {
 
 def from_settings(settings: Mapping[str, object], found: Mapping[str, int]) -> dict[str, Any]:
     """What only the file tells, once it is known to agree with the shapes. Raises: CheckpointError."""
-    require(settings, "model_type", "proteinbert", None)
+    if lacking := [key for key in ("model_type", "wide_conv_dilation") if settings.get(key) is None]:
+        raise CheckpointError(
+            f"config.json beside the weights has no {' and no '.join(lacking)}; wanted is a model_type of "
+            f"'proteinbert' and the wide_conv_dilation, {DILATION} of the published model, which no shape tells. "
+            f"Where no config.json lies there, {DILATION} is taken"
+        )
+    require(settings, "model_type", "proteinbert")
     require(settings, "activation", "gelu", None)
     require(settings, "gelu", "exact (erf)", None)
     require(settings, "pad_token_id", VOCABULARY - 1, None)
@@ -208,7 +208,7 @@ def from_settings(settings: Mapping[str, object], found: Mapping[str, int]) -> d
         if (told := read_size(settings, key, size)) != size:
             raise CheckpointError(f"{key} is {told} in config.json, but the weights have {size}")
     return {
-        "dilation": read_size(settings, "wide_conv_dilation", DILATION),
+        "dilation": read_size(settings, "wide_conv_dilation"),
         "norm_eps": read_value(settings, "layer_norm_eps", float, NORM_EPS),
     }
 

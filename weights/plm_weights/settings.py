@@ -3,12 +3,27 @@
 A key that is absent or null has its default, because ``save_pretrained`` may leave keys out that have theirs.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from plm_weights.errors import CheckpointError
 
 T = TypeVar("T", int, bool, float, str)
+
+
+def read_object(path: Path) -> dict[str, object]:
+    """The one JSON object of a file. Raises: CheckpointError naming the file."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} must hold one JSON object; it holds a {type(settings).__name__}")
+    return settings
 
 
 def read_value(given: Mapping[Any, object], key: str, kind: type[T], default: T | None = None) -> T:
