@@ -246,7 +246,9 @@ def origin(
 def local_name(path: Path) -> str:
     """The name of a folder, or that of a file, unless it is what every such file is called."""
     if path.is_dir():
-        return path.resolve().name
+        whole = path.resolve()
+        of_keras = whole.name == "variables" and (whole / "variables.index").is_file()
+        return whole.parent.name if of_keras else whole.name
     if path.name == "variables.index":  # of a SavedModel, in its folder of variables
         return path.resolve().parents[1].name
     if path.name.partition(".")[0] in ("model", "pytorch_model", "weights"):
@@ -331,7 +333,7 @@ def find_weights(path: Path) -> Path:
     if files := weight_files(path):
         return files[0]
     found = "no weights"
-    for kind in (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".pkl", ".index"):
+    for kind in (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".pkl", ".index", ".h5", ".keras"):
         files = tuple(file for file in sorted(path.glob(f"*{kind}")) if not file.stem.endswith("-contact-regression"))
         if len(files) == 1:
             return files[0]

@@ -78,7 +78,7 @@ def test_every_form_gives_the_same_network(
 
 def test_a_saved_model_as_its_folder_or_its_index(tiny: Path) -> None:
     folder = GOLDEN / "saved_model"
-    for source in (folder, folder / INDEX):
+    for source in (folder, folder / INDEX, folder / "variables"):
         model = plm.load(source)
         assert equal(model.net.state_dict(), plm.load(tiny).net.state_dict())
         assert model.net.config == plm.load(tiny).net.config

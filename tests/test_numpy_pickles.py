@@ -205,10 +205,21 @@ def test_what_is_not_proteinberts_is_refused(root: object, says: str, protocol: 
     refused(write(tmp_path / "x.pkl", pickle.dumps(root, protocol)), says)
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 5])
 def test_other_protocols_say_what_to_do(protocol: int, tmp_path: Path) -> None:
     data = content(arrays(), protocol=protocol)
-    refused(write(tmp_path / "x.pkl", data), rf"it is of protocol {protocol}, .*save it again with protocol=4")
+    told = "5, which lays" if protocol == 5 else "0, 1 or 2, which make"
+    refused(write(tmp_path / "x.pkl", data), rf"a pickle of ProteinBERT: it is of protocol {told} .*with protocol=4")
+
+
+@PROTOCOLS
+@pytest.mark.parametrize("annotations", [np.int64(2), 2.0, True, None])
+def test_a_first_item_that_is_no_whole_number(annotations: object, protocol: int, tmp_path: Path) -> None:
+    data = content(arrays(), annotations=annotations, protocol=protocol)
+    refused(
+        write(tmp_path / "x.bin", data),
+        r"a pickle of ProteinBERT: its first item, .*, is no whole .* int\(n_annotations",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ hostile

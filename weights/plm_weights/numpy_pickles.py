@@ -27,7 +27,7 @@ from plm_weights.pickle_machine import ERRORS, Bounded, Global, Machine, as_coun
 MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")  # before numpy 2, and since
 RECONSTRUCT, SCALAR = ({f"{module}.{name}" for module in MODULES} for name in ("_reconstruct", "scalar"))
 ADVICE = {
-    "_codecs.encode": "it is of protocol 2, which makes bytes by a call",
+    "_codecs.encode": "it is of protocol 0, 1 or 2, which make bytes by a call",
     **{
         f"numpy.{core}.numeric._frombuffer": "it is of protocol 5, which lays arrays down in another way"
         for core in ("core", "_core")
@@ -38,7 +38,7 @@ MOST_AXES = 32  # of a numpy array
 # A number or none, then a list: how these begin, behind their protocol, since protocol 4 the size of a frame, and the
 # mark of a tuple of more than three.
 START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\(?(?:K.|M..|J.{4})?\]", re.DOTALL)
-LONGEST_START = 18
+NAMES = re.compile(rb"numpy\._?core")  # where any pickle of arrays begins
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,10 @@ def _parts(root: object) -> tuple[int, list[StoredArray]]:
             if len(arrays) < len(items):
                 raise ValueError(f"{len(items) - len(arrays)} of its {len(items)} weights are no arrays")
             return count, arrays
+        case (_, list(), None | list()):
+            raise ValueError(
+                "its first item, the number of annotations, is no whole number of Python's: save int(n_annotations)"
+            )
         case (list(), list() | None):
             raise ValueError(
                 f"it holds two items, weights and an optimizer's state, as the authors' first files; {wanted}"

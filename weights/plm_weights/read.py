@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plm_weights.errors import CheckpointError
-from plm_weights.numpy_pickles import LONGEST_START, START, ArrayFile, dump
-from plm_weights.pickles import StoredTensor, TorchFile
+from plm_weights.numpy_pickles import NAMES, START, ArrayFile, dump
+from plm_weights.pickles import LEGACY_MAGIC, StoredTensor, TorchFile
 from plm_weights.saved_model import Bundle
+from plm_weights.strangers import LONGEST_HEAD, stranger
 
 SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64",
@@ -68,15 +69,23 @@ def open_tensors(path: str | Path) -> TensorSource:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not there (or not a file); give a checkpoint file")
+    with path.open("rb") as file:
+        head = file.read(LONGEST_HEAD)
+    if told := stranger(path, head):
+        raise CheckpointError(f"{told}.")
     if path.name.endswith(".index.json"):
         return _open_shards(path)
     if path.suffix == ".index":
         return _open_bundle(path)
-    with path.open("rb") as file:
-        head = file.read(LONGEST_START)
     if head[8:9] == b"{":  # its header follows 8 bytes of length
         return _open_safetensors(path)
-    return _open_arrays(path) if START.match(head) else _open_pickle(path)
+    return _open_arrays(path) if _holds_arrays(head) else _open_pickle(path)
+
+
+def _holds_arrays(head: bytes) -> bool:
+    """Whether a file that begins so is a pickle of ProteinBERT's, or one of numpy's that somebody took for it."""
+    torchs = head.startswith(b"PK") or LEGACY_MAGIC.to_bytes(10, "little") in head[:32]
+    return bool(START.match(head)) or (not torchs and bool(NAMES.search(head)))
 
 
 def read_fair_esm(path: str | Path) -> TensorSource:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from plm_weights.errors import CheckpointError
+from plm_weights.strangers import LFS, LONGEST_HEAD, stranger
 
 MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER, TRAILER = 48, 5  # bytes
@@ -136,6 +137,9 @@ def _open(path: Path) -> tuple[dict[str, Variable], list[str], tuple[Path, ...]]
         if not file.is_file():
             raise ValueError(f"{file.name}, which holds {name}, does not lie beside it")
         if ends > file.stat().st_size:
+            with file.open("rb") as content:
+                if (head := content.read(LONGEST_HEAD)).startswith(LFS):
+                    raise ValueError(stranger(file, head))
             raise ValueError(f"{file.name} ends within {name}; it is torn")
         if entry.number(1) == STRING:
             texts.append(name)
