@@ -153,13 +153,6 @@ def test_wrong_bytes_leave_nothing_behind(site: Site, tmp_path: Path, wrong: byt
     assert names(tmp_path) == []
 
 
-def test_refused_connection(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.raises(DownloadError, match=r"failed 2 times, at last with: .*refused.*run again"):
-        download(File("x.pt", url=f"http://127.0.0.1:{port}/x.pt"), tmp_path / "x.pt", tries=2, pause=0)
-
-
 def test_disk_space_is_looked_at_before_data(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DownloadError, match=r"needs 5,120,000 bytes, .* has 1,000 left"):

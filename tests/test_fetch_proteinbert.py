@@ -93,9 +93,14 @@ def test_both_addresses_go_on_with_one_piece(site: Site, row: Checkpoint) -> Non
 
 
 def test_no_address_has_it(site: Site, row: Checkpoint) -> None:  # noqa: F811
+    """The error tells every address, and where the file may be put by hand."""
     site.files.clear()
-    with pytest.raises(DownloadError, match=rf"records/full_{NAME} answered HTTP 404"):
+    with pytest.raises(DownloadError) as error:
         fetch(row)
+    head, first, second, advice = str(error.value).splitlines()
+    assert head == f"{NAME} of tiny could not be downloaded from {site.url.removeprefix('http://')}:"
+    assert f"/lfs/{NAME} answered HTTP 404" in first and f"/records/full_{NAME} answered HTTP 404" in second
+    assert advice.endswith(f"put it into {home() / 'originals'} as {NAME}.")
 
 
 def test_a_file_of_the_original_is_used_where_it_lies(site: Site, row: Checkpoint, tmp_path: Path) -> None:  # noqa: F811

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,8 +53,7 @@ def download(file: File, path: Path, *, progress: Progress | None = None, tries:
                 failures = 1 if _size(part) > before else failures + 1
                 if failures >= tries:
                     raise DownloadError(
-                        f"{file.url} failed {tries} times, at last with: {error}. Look at the connection and run "
-                        f"again: {_size(part):,} bytes are kept in {part}."
+                        f"{file.url} failed {tries} times, at last with: {error}. {_run_again(part)}"
                     ) from error
                 time.sleep(pause * 2 ** (failures - 1))
                 continue
@@ -86,6 +86,9 @@ def _receive(file: File, part: Path, progress: Progress | None) -> str:
             raise _Broken(f"HTTP {error.code} {error.reason}") from error
         raise DownloadError(f"{file.url} answered HTTP {error.code} {error.reason}: it may have moved.") from error
     except (OSError, HTTPException) as error:
+        if isinstance(reason := getattr(error, "reason", None), socket.gaierror):  # as far from the network: no retry
+            told = f"the name of its host, or of a proxy, cannot be resolved ({reason.strerror})"
+            raise DownloadError(f"{file.url} is out of reach: {told}. {_run_again(part)}") from error
         raise _Broken(str(error)) from error
     with response:
         resumed = response.status == 206
@@ -112,6 +115,11 @@ def _receive(file: File, part: Path, progress: Progress | None) -> str:
         if total is not None and done < total:
             raise _Broken(f"the connection closed after {done:,} of {total:,} bytes")
     return digest.hexdigest()
+
+
+def _run_again(part: Path) -> str:
+    kept = f": {_size(part):,} bytes are kept in {part}" if _size(part) else ""
+    return f"Look at the connection and run again{kept}."
 
 
 def _read(read: Callable[[int], bytes]) -> bytes:

@@ -11,6 +11,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -127,22 +128,31 @@ def _from_authors(
         if row.archive:
             _download_archive(row, path, progress)
             break
-        _download_from_any(file, lacking, progress)
+        _download_from_any(row, file, lacking, progress)
     for there, file in files.items():
         verify(there, file.size, file.sha256)
     return path
 
 
-def _download_from_any(file: File, path: Path, progress: Progress | None) -> None:
+def _download_from_any(row: Checkpoint, file: File, path: Path, progress: Progress | None) -> None:
     """From the first of its addresses that has it; all go on with the same piece."""
-    for mirror in file.mirrors:
+    addresses, faults = [file.url or "", *file.mirrors], []
+    for address, following in zip(addresses, [*addresses[1:], None], strict=True):
         try:
-            download(file, path, progress=progress)
+            download(replace(file, url=address), path, progress=progress)
             return
         except DownloadError as error:
-            _LOG.warning("%s Next is %s.", error, mirror)
-            file = replace(file, url=mirror)
-    download(file, path, progress=progress)
+            faults.append(str(error))
+            if following:
+                _LOG.warning("%s Next is %s.", error, following)
+    raise _by_hand(row, file.name, addresses, f"put it into {path.parent} as {path.name}", faults)
+
+
+def _by_hand(row: Checkpoint, what: str, addresses: list[str], place: str, faults: list[str]) -> DownloadError:
+    """What is said where no address has a file: each with its reason, and how to do without the network."""
+    hosts = " or ".join(dict.fromkeys(urlsplit(address).netloc for address in addresses))
+    head = f"{what} of {row.name} could not be downloaded from {hosts}:"
+    return DownloadError("\n  ".join([head, *faults]) + f"\nIf you can get it in another way, {place}.")
 
 
 def _download_archive(row: Checkpoint, folder: Path, progress: Progress | None) -> None:
@@ -154,7 +164,11 @@ def _download_archive(row: Checkpoint, folder: Path, progress: Progress | None) 
     with WeakFileLock(folder.with_name(f"{row.name}.archive.lock")):
         if all((folder / name).is_file() for name in names):  # by another process, while this one waited
             return
-        download(File(archive.name, url=row.archive), archive, progress=progress)
+        try:
+            download(File(archive.name, url=row.archive), archive, progress=progress)
+        except DownloadError as error:
+            place = f"unpack it and put {', '.join(names)} into {folder}"
+            raise _by_hand(row, archive.name, [row.archive or ""], place, [str(error)]) from error
         needed, free = sum(file.size or 0 for file in row.originals), shutil.disk_usage(archive.parent).free
         if needed > free:
             raise DownloadError(f"{archive} unpacks to {needed:,} bytes, {free:,} are left: make room and run again.")
