@@ -27,13 +27,19 @@ def contacts(model: Model, sequences: str | Iterable[str], *, max_tokens: int | 
 
 def contact_rows(model: Model, rows: Sequence[bytes], *, max_tokens: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """``contacts`` as a stream of (index, tensor) while batches finish, longest first."""
-    if not isinstance(model.net, ESM) or not model.net.config.contact_head:
-        raise ValueError(
-            f"{model.checkpoint.name} has no contact head, so it predicts no contacts; use esm1b or esm2-8m to esm2-15b"
-        )
+    net = predicting_contacts(model)
 
     def forward(batch: Packed, members: Sequence[int]) -> list[Tensor]:
-        maps: list[Tensor] = model.net(batch, logits=False, contacts=True).contacts
+        maps: list[Tensor] = net(batch, logits=False, contacts=True).contacts
         return maps
 
     return running.run(model, rows, forward, max_tokens=max_tokens)
+
+
+def predicting_contacts(model: Model) -> ESM:
+    """The network of a model that predicts contacts. Raises: ValueError for another."""
+    if isinstance(model.net, ESM) and model.net.config.contact_head:
+        return model.net
+    raise ValueError(
+        f"{model.checkpoint.name} has no contact head, so it predicts no contacts; use esm1b or esm2-8m to esm2-15b"
+    )

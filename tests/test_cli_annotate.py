@@ -176,7 +176,7 @@ def test_a_faulty_table_is_told_before_a_model_is_loaded(
 
 def test_models_and_sequences_that_cannot_be(run: Plm, tiny: str, table: str, tmp_path: Path) -> None:
     code, out, err = run("annotate", SEQUENCE, "-m", ESM2, "-o", "out.csv")
-    assert (code, out) == (5, "") and "esm2_tiny predicts no annotations; use a ProteinBERT" in err
+    assert (code, out) == (2, "") and "esm2_tiny predicts no annotations; use a ProteinBERT" in err
     (tmp_path / "longer.tsv").write_text(TERMS + "40\tGO:0000042\n")
     code, out, err = run("annotate", SEQUENCE, "-m", tiny, "--terms", "longer.tsv", "-o", "out.csv")
     assert (code, out) == (4, "") and "longer.tsv: line 41: index 40; the model has 40 outputs, from 0 to 39" in err

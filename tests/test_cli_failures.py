@@ -154,7 +154,7 @@ def test_no_contact_head(run: Plm, tmp_path: Path) -> None:
             del tensors[name]
 
     code, _, err = run("contacts", "MKT", "-m", checkpoint(tmp_path / "headless", remove), "-o", "out.npz")
-    assert code == 5 and "no contact head" in err
+    assert code == 2 and "no contact head" in err
     assert outputs(tmp_path, "headless") == []
 
 

@@ -307,4 +307,4 @@ def test_models(run: Plm, tmp_path: Path) -> None:
     code, _, err = run("fold", "MKT", "-o", "out")
     assert code == 2 and "-m: esmfold" in err
     code, _, err = run("fold", "MKT", "-m", ESM2, "-o", "out")
-    assert code == 5 and "predicts no structures" in err and outputs(tmp_path) == []
+    assert code == 2 and "predicts no structures" in err and outputs(tmp_path) == []

@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.families": {"torch", "plm_weights", "plm.models", "plm.esmfold", *BASICS},
     "plm.placement": {"torch", "plm.families"},
     "plm.loading": {"torch", "plm_weights", "plm.families", "plm.placement", *BASICS},
+    "plm.previews": {"torch", "plm_weights", "plm.families", "plm.loading"},
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", "plm.placement", *BASICS},
     "plm.peers": {"torch", "plm_weights", "plm.families", "plm.loading", "plm.models", "plm.esmfold", *BASICS, *PEERS},
     "plm.verification": {

@@ -114,13 +114,9 @@ def annotate(
         raise click.UsageError(str(error)) from None
 
     from plm.annotation import annotate_rows, annotating, ranked
-    from plm_weights.errors import CheckpointError
 
-    model = job.load()
-    try:
-        count = annotating(model).config.annotations
-    except ValueError as error:  # the input is good, the model has no such head
-        raise CheckpointError(str(error)) from None
+    model = job.load(annotating)
+    count = annotating(model).config.annotations
     if terms is not None:
         terms.check(count, partial=partial_terms)
     reading, rows = job.encode(model, reading, pad_to=pad_to)

@@ -42,9 +42,8 @@ def contacts(job: Job, layout: str | None) -> int:
         raise click.UsageError(f"a PNG shows one protein, the input has {len(reading.records):,}: write .npz.")
 
     from plm.cli.drawing import DrawnMap
-    from plm.contact_maps import contact_rows
+    from plm.contact_maps import contact_rows, predicting_contacts
     from plm.outputs.maps import LAYOUTS, open_maps
-    from plm_weights.errors import CheckpointError
 
     def open_output(reading: "Reading", provenance: Mapping[str, object]) -> "Writer":
         return open_maps(
@@ -57,11 +56,8 @@ def contacts(job: Job, layout: str | None) -> int:
         )
 
     open_output(reading, {})  # what cannot be written fails before a model is loaded
-    model = job.load()
+    model = job.load(predicting_contacts)
     reading, rows = job.encode(model, reading)
-    try:
-        results = contact_rows(model, rows, max_tokens=job.max_tokens)
-    except ValueError as error:  # the input is good, the model has no contact head
-        raise CheckpointError(str(error)) from None
+    results = contact_rows(model, rows, max_tokens=job.max_tokens)
     writer = open_output(reading, job.provenance(model, reading))
     return job.report(model, reading, job.write(reading, writer, results, writer.write))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from plm.embedding import Layer, Pool
+    from plm.loading import Model
     from plm.outputs import Writer
     from plm.sequences import Reading
 
@@ -105,17 +106,27 @@ def embed(
             overwrite=job.overwrite,
         )
 
-    from plm.embedding import channels, embed_rows, layer_number, split_chains
+    from plm.context import check_padding
+    from plm.embedding import channels, check_pool, embed_rows, layer_number, split_chains
     from plm.outputs import LayoutError, open_writer
+    from plm.running import need_language_model
+
+    def check(model: "Model") -> None:
+        need_language_model(model)
+        with usage("--layer"):
+            layer_number(model, layer)
+        with usage("--pool"):
+            check_pool(model, pooling, per_chain)
+        with usage("--pad-to"):
+            check_padding(model, pad_to)
 
     try:
         # What cannot be written fails before a model is loaded.
         open_output(reading, 1, "all" if layer == "all" else 0, {"pooling": pooling})
     except LayoutError as error:
         raise click.UsageError(str(error)) from None
-    model = job.load()
-    with usage("--layer"):
-        number = layer_number(model, layer)
+    model = job.load(check)
+    number = layer_number(model, layer)
     task = choose_task(model, task)
     reading, rows = job.encode(model, reading, task, pad_to=pad_to)
     about = {
@@ -128,17 +139,16 @@ def embed(
     }
     width = channels(model, number, pooling)
     writer = open_output(reading, width, number, {**job.provenance(model, reading), **about})
-    with usage("--pool"):
-        results = embed_rows(
-            model,
-            rows,
-            layer=number,
-            pool=pooling,
-            task=task,
-            per_chain=per_chain,
-            pad_to=pad_to,
-            max_tokens=job.max_tokens,
-        )
+    results = embed_rows(
+        model,
+        rows,
+        layer=number,
+        pool=pooling,
+        task=task,
+        per_chain=per_chain,
+        pad_to=pad_to,
+        max_tokens=job.max_tokens,
+    )
 
     def put_chains(index: int, result: "Tensor") -> None:
         chains = split_chains(model, result, rows[index], pooling)

@@ -92,7 +92,6 @@ def fold(job: Job, layout: str, plot: bool, chunk: "Chunk", hide: float | None, 
     from plm.folding import folding_network, number_of_passes, read_proteins
     from plm.outputs.proteins import ProteinFolder
     from plm.outputs.writer import require
-    from plm_weights.errors import CheckpointError
 
     with usage("--linker"):
         read_proteins([], linker=settings["linker"], residue_gap=settings["residue_gap"])
@@ -100,11 +99,8 @@ def fold(job: Job, layout: str, plot: bool, chunk: "Chunk", hide: float | None, 
     if plot:
         require("matplotlib", "plot")
         check_report(folder)
-    model = job.load()
-    try:
-        passes = number_of_passes(folding_network(model), settings.pop("recycles"))
-    except ValueError as error:  # the input is good, the model does not fold
-        raise CheckpointError(str(error)) from None
+    model = job.load(folding_network)
+    passes = number_of_passes(folding_network(model), settings.pop("recycles"))
     how = How(layout, plot, job.as_json or plot, chunk, passes - 1, hide, job.seed, job.max_tokens, **settings)
     reading, proteins = job.prepare(model, reading, None, how.read)
     reading = with_unknown_letters(job, reading)

@@ -128,7 +128,7 @@ def generate(job: Job, task: str | None, layout: str | None, **settings: Any) ->
     from plm.generation import written
     from plm.memory import gigabytes
     from plm.outputs.rows import layout_of, open_rows
-    from plm.prompts import plan
+    from plm.prompts import plan, writer
     from plm.writing import Job as Work
     from plm.writing import Settings
 
@@ -142,7 +142,7 @@ def generate(job: Job, task: str | None, layout: str | None, **settings: Any) ->
         )
 
     open_output(reading, {})  # what cannot be written fails before a model is loaded
-    model = job.load()
+    model = job.load(writer)
     if task is not None:
         choose_task(model, task)
     with usage():
@@ -158,17 +158,17 @@ def generate(job: Job, task: str | None, layout: str | None, **settings: Any) ->
         job.note(
             "prompts that begin with 2 are written from C to N; the sequences here read from N to C, as all others"
         )
-    writer = open_output(reading, {**job.provenance(model, reading), "task": task, **settings})
+    output = open_output(reading, {**job.provenance(model, reading), "task": task, **settings})
 
     counts = {"prompts": len(prompts), "samples": 0, "tokens": 0}
 
     def put(index: int, samples: list["Sample"]) -> None:
-        writer.write(index, [row(reading.ids[index], i, sample) for i, sample in enumerate(samples, 1)])
+        output.write(index, [row(reading.ids[index], i, sample) for i, sample in enumerate(samples, 1)])
         counts["samples"] += len(samples)
         counts["tokens"] += sum(len(sample.log_probs) for sample in samples)
 
     return job.report(
-        model, reading, job.write(reading, writer, written(model, prompts, how), put), counts, seed=job.seed
+        model, reading, job.write(reading, output, written(model, prompts, how), put), counts, seed=job.seed
     )
 
 

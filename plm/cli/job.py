@@ -96,13 +96,30 @@ class Job:
         if self.output == "-" and self.as_json:
             raise click.UsageError(f"with --json the summary goes to stdout: give the {what} a file with -o.")
 
-    def load(self) -> "Model":
-        """Load the model. Raises: click.BadParameter for the device or the dtype; CheckpointError."""
+    def load(self, check: "Callable[[Model], object]") -> "Model":
+        """Load the model, once ``check`` has let pass what is known of it by name, and again as it is.
+
+        Raises: click.BadParameter for the device or the dtype; click.UsageError where ``check`` raises a ValueError;
+            CheckpointError.
+        """
         from plm.loading import load
 
         device = usable_device(self.device)
+        self.foresee(check)
         with while_loading(self.dtype, self.quiet):
-            return load(self.model, device=device, dtype=self.dtype, revision=self.revision, offline=self.offline)
+            model = load(self.model, device=device, dtype=self.dtype, revision=self.revision, offline=self.offline)
+        with usage():
+            check(model)
+        return model
+
+    def foresee(self, check: "Callable[[Model], object]") -> None:
+        """``check`` what the registry knows of the model, before anything is downloaded. Raises: click.UsageError."""
+        from plm.previews import preview
+
+        known = preview(self.model) if self.revision is None else None  # another revision may be another model
+        if known is not None:
+            with usage():
+                check(known)
 
     def encode(
         self,

@@ -10,6 +10,7 @@ from plm.cli.errors import usage
 from plm.cli.job import Job, choose_task
 
 if TYPE_CHECKING:
+    from plm.loading import Model
     from plm.outputs.rows import RowsWriter
     from plm.scoring import How, Score
     from plm.sequences import Reading
@@ -55,8 +56,16 @@ def score(job: Job, how: "How", task: str | None, pad_to: int | None, per_residu
     job.keep_stdout_free("scores")
     reading = job.read(task)
 
+    from plm.context import check_padding
     from plm.outputs.rows import layout_of, open_rows
+    from plm.running import need_language_model
     from plm.scoring import choose_how, score_rows
+
+    def check(model: "Model") -> None:
+        need_language_model(model)
+        choose_how(model, how)
+        with usage("--pad-to"):
+            check_padding(model, pad_to)
 
     with usage():
         layout = layout or layout_of(job.output, FORMATS[2:] if per_residue else FORMATS)
@@ -71,10 +80,9 @@ def score(job: Job, how: "How", task: str | None, pad_to: int | None, per_residu
         )
 
     open_output(reading, how, {})  # what cannot be written fails before a model is loaded
-    model = job.load()
+    model = job.load(check)
     task = choose_task(model, task)
-    with usage():
-        how = choose_how(model, how)
+    how = choose_how(model, how)
     reading, rows = job.encode(model, reading, task, hidden=False, pad_to=pad_to)
     writer = open_output(reading, how, {**job.provenance(model, reading), "how": how, "task": task, "pad_to": pad_to})
 

@@ -137,20 +137,30 @@ def variants(
     if drawing is not None and len(table.groups) > 1:
         raise click.UsageError(f"a heat map shows one wild type; the input has {len(table.groups):,}.")
 
+    from plm.context import check_padding
     from plm.outputs.rows import layout_of
+    from plm.running import need_language_model
     from plm.variant_effects import choose_how
+
+    def check(model: "Model") -> None:
+        need_language_model(model)
+        with usage("--how"):
+            choose_how(model, how)
+        with usage("--pad-to"):
+            check_padding(model, pad_to)
 
     if layout is None and drawing != job.output:
         with usage():
             layout = layout_of(job.output, FORMATS)
     open_outputs(job, table, layout, drawing, [], {})  # what cannot be written fails before a model is loaded
+    for name in models:
+        replace(job, model=name).foresee(check)
     start = perf_counter()
     scores: dict[str, list[float]] = {}
     ways, sources = set(), []
     for name in models:
-        model = replace(job, model=name).load()
-        with usage("--how"):
-            ways.add(way := choose_how(model, how))
+        model = replace(job, model=name).load(check)
+        ways.add(way := choose_how(model, how))
         if len(ways) > 1:
             raise click.UsageError(f"{' and '.join(sorted(ways))} have no common scale: choose models of one kind.")
         chosen, column = choose_task(model, task), model.checkpoint.name
@@ -218,11 +228,7 @@ def score_table(
 
     Raises: InputError with every variant that the model or ``how`` does not take, before anything is computed.
     """
-    from plm.context import check_padding
     from plm.variant_effects import encode, variant_rows
-
-    with usage("--pad-to"):
-        check_padding(model, pad_to)
 
     def each(wild_type: str, names: list[str]) -> tuple[bytes, list[bytes]]:
         return encode(model, wild_type, names, how=how, offset=table.offset, task=task, pad_to=pad_to)
