@@ -294,6 +294,7 @@ def test_what_the_model_or_the_file_does_not_take(run: Plm, tmp_path: Path) -> N
         (("-o", "out", "--residue-gap", "-5"), "--residue-gap"),
         (("-o", "out", "--numbering", "pdb"), "--numbering"),
         (("-o", "out", "--hide", "2", "--seed", "1"), "--hide"),
+        (("-o", "out", "--hide", "nan", "--seed", "1"), "nan is not in the range"),
         (("-o", "out", "--hide", "0.1"), "add --seed"),
     ],
 )

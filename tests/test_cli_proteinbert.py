@@ -148,3 +148,8 @@ def test_contacts_and_new_sequences(run: Plm, tiny: str, tmp_path: Path) -> None
     code, _, err = run("generate", SEQUENCE, "-m", tiny, "-o", "new.fasta")
     assert code == 2 and "proteinbert_tiny writes no sequences" in err
     assert outputs(tmp_path) == []
+
+
+def test_help_says_what_the_original_form_is(run: Plm) -> None:
+    text = " ".join(run("convert", "--help").out.split())
+    assert "of ProteinBERT weights.pkl with config.json; ESMFold has none" in text

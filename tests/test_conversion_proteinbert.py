@@ -93,7 +93,8 @@ def test_another_dtype_is_for_our_form(case: Path, tmp_path: Path, dtype: torch.
     assert {tensor.dtype for tensor in rounded.values()} == {dtype}
     for source, more in ((tmp_path / "own", {}), (case, {"dtype": dtype})):
         with pytest.raises(
-            plm.CheckpointError, match=rf"holds float32, and these weights are {str(dtype)[6:]}; convert"
+            plm.CheckpointError,
+            match=rf"holds float32, and these weights are {str(dtype)[6:]}: leave out dtype, or choose",
         ):
             plm.convert(source, tmp_path / "out", to="original", **more)  # type: ignore[arg-type]
         assert not (tmp_path / "out").exists()

@@ -146,7 +146,9 @@ def test_written_as_python_itself_would(tmp_path: Path) -> None:
 
 
 def test_other_dtypes_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"x\.pkl: .* holds float32, and these weights are float16, float64"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.pkl: .* are float16, float64: leave out dtype, or choose dtype='float32'"
+    ):
         write_proteinbert(tmp_path / "x.pkl", {"000": torch.ones(2).half(), "001": torch.ones(2).double()}, 2)
     assert list(tmp_path.iterdir()) == []
 

@@ -29,7 +29,7 @@ TOP = 10
     click.option("--partial-terms", is_flag=True, help="The table has no term for some of the outputs."),
     click.option("--top", type=click.IntRange(min=1), metavar="N", help=f"List the N most probable.  [default: {TOP}]"),
     click.option(
-        "--min-probability", "least", type=click.FloatRange(0, 1), metavar="P", help="List all from this one on."
+        "--min-probability", "least", type=options.NumberRange(0, 1), metavar="P", help="List all from this one on."
     ),
     click.option("--all", "everything", is_flag=True, help="List all."),
     options.pad_to,
@@ -74,12 +74,18 @@ def annotate(
     terms = None if table is None else read_terms(table)
     reading = job.read()
 
+    from plm.outputs import LAYOUTS as OF_VECTORS
     from plm.outputs import LayoutError, open_writer
     from plm.outputs.rows import LAYOUTS, layout_of, open_rows
 
     suffixes = [suffix for name in LISTS for suffix in LAYOUTS[name].suffixes]
     if layout is None and (job.output == "-" or job.output.lower().endswith(tuple(suffixes))):
         layout = layout_of(job.output, LISTS)
+    elif layout is None:
+        suffixes += [suffix for name in VECTORS if name in OF_VECTORS for suffix in OF_VECTORS[name].suffixes]
+        if not job.output.lower().endswith(tuple(suffixes)):
+            known = ", ".join(suffixes)
+            raise click.UsageError(f"{job.output} is not named like a layout of annotations; use {known}, or --format.")
     listed = layout in LISTS
     if not listed and (odd := [*given, *(["--terms"] if table else [])]):
         raise click.UsageError(f"{', '.join(odd)} is of a list, and {job.output} holds whole vectors: write .csv.")

@@ -23,7 +23,9 @@ FORMS = ("plm", "transformers", "original")
     type=click.Choice(FORMS),
     default="plm",
     show_default=True,
-    help="original: fair-esm's .pt, or pytorch_model.bin.",
+    help=(
+        "original: fair-esm's .pt, pytorch_model.bin, or of ProteinBERT weights.pkl with config.json; ESMFold has none."
+    ),
 )
 @click.option("--dtype", type=click.Choice(options.DTYPES[1:]), help="Store the weights so; else as they are stored.")
 @click.option("--explain", is_flag=True, help="Print where each tensor of SOURCE goes, and write nothing.")

@@ -61,7 +61,7 @@ def rows_at_a_time(context: click.Context, option: click.Parameter, value: str) 
     ),
     click.option(
         "--hide",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=options.NumberRange(0, 1, min_open=True),
         metavar="SHARE",
         help="Hide residues from the language model, drawn with --seed: another structure for each seed.",
     ),

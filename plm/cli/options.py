@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from math import isnan
 from typing import Any
 
 import click
@@ -110,6 +111,16 @@ _HOW: tuple[Option, ...] = (
     quiet,
     as_json,
 )
+
+
+class NumberRange(click.FloatRange):
+    """A range of numbers, in which click itself lets NaN lie."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if isnan(number):
+            self.fail(f"{number} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 def takes_sequences(*own: Option) -> Callable[[Callable[..., int]], Callable[..., int]]:

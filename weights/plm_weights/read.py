@@ -260,8 +260,8 @@ def write_proteinbert(
     Raises: CheckpointError if one is not float32. OSError naming the files.
     """
     if others := sorted({str(tensor.dtype) for tensor in tensors.values()} - {"torch.float32"}):
-        told = ", ".join(others).replace("torch.", "")
-        raise CheckpointError(f"{path}: ProteinBERT's pickle holds float32, and these weights are {told}; convert them")
+        told, advice = ", ".join(others).replace("torch.", ""), "leave out dtype, or choose dtype='float32'"
+        raise CheckpointError(f"{path}: ProteinBERT's pickle holds float32, and these weights are {told}: {advice}")
     arrays = [tensors[name] for name in sorted(tensors, key=int)]
 
     def save(temporary: Path) -> None:
