@@ -96,19 +96,32 @@ def fold_rows(
     if chunk not in (None, "auto") and not whole_number(chunk, 1):
         raise ValueError(f"chunk must be a number of rows, 1 or more, or 'auto'; got {chunk!r}")
     budget = running.default_max_tokens(model) if max_tokens is None else max_tokens
+    if model.device.type != "mps" and torch.is_autocast_enabled(model.device.type):
+        raise ValueError("autocast would change the precision of every product unsaid; choose dtype='bfloat16' instead")
     groups = batches([one.length + 2 for one in proteins], budget)
-    unchanged = object()
+
+    def fitting(group: list[int]) -> list[int]:
+        """Those for which there is memory: the language model need not read others."""
+        free, kept = free_memory(model.device), []
+        for i in group:
+            if (reason := too_large(net, proteins[i].length, free)) is None:
+                kept.append(i)
+                continue
+            error = MemoryError(f"{proteins[i].letters[:12]}...: {reason}; {ADVICE}")
+            if on_failure is None:
+                raise error
+            on_failure(i, error)
+        return kept
 
     def stream() -> Iterator[tuple[int, Structure]]:
-        for group in groups:
+        for group in filter(None, map(fitting, groups)):
             states = stem_states(net, [proteins[i] for i in group])
             for i, state in zip(group, states, strict=True):
                 try:
-                    with weights_unchanged(unchanged):
+                    with weights_unchanged():  # while this protein folds; a caller may do what he likes between two
                         found, rows = fold_in_pieces(model, proteins[i], state, passes, chunk)
                     structure = as_structure(proteins[i], found, made_with(model, proteins[i], passes, rows))
-                    for what in (structure.positions, structure.plddt, structure.pae, torch.tensor(structure.ptm)):
-                        running.check_finite(model, i, what)
+                    check_finite(model, structure, proteins[i])
                 except (MemoryError, FloatingPointError) as error:
                     if on_failure is None:
                         raise
@@ -152,6 +165,7 @@ def read_proteins(
 def hide(chains: Chains, mask: Tensor) -> Chains:
     """The protein with residues hidden from the language model where ``mask`` ``[L]`` is true; linkers are seen."""
     residues = chains.length - int(chains.linker.sum())
+    mask = torch.as_tensor(mask)
     if mask.shape != (residues,) or mask.dtype != torch.bool:
         raise ValueError(
             f"hidden must be bool and have shape [{residues}], one per residue; got {mask.dtype} and {[*mask.shape]}"
@@ -206,6 +220,17 @@ def folding_network(model: Model) -> ESMFold:
     return net
 
 
+def check_finite(model: Model, structure: Structure, chains: Chains) -> None:
+    """Raises: FloatingPointError if it has a NaN or an infinity."""
+    numbers = (structure.positions, structure.plddt, structure.pae, torch.tensor(structure.ptm))
+    if not all(bool(each.isfinite().all()) for each in numbers):
+        advice = "" if model.dtype == torch.float32 else ", or use dtype='float32'"
+        raise FloatingPointError(
+            f"{chains.letters[:12]}... gave a NaN or an infinity in {model.dtype}; check the weights with `plm "
+            f"verify`{advice}"
+        )
+
+
 def number_of_passes(net: ESMFold, recycles: int | None) -> int:
     """Of the trunk, one more than recycles."""
     if recycles is None:
@@ -252,7 +277,7 @@ def fold_in_pieces(
     if reason := too_large(net, length, free):
         raise MemoryError(f"{name}: {reason}; {ADVICE}")
     within = None if free is None else int(SHARE * free)
-    rows = min(chunk, length) if isinstance(chunk, int) else rows_within(net, length, within)
+    rows = rows_within(net, length, within, chunk if isinstance(chunk, int) else None)
     tried: list[int] = []
     while True:
         try:
@@ -261,8 +286,8 @@ def fold_in_pieces(
                     packed = Packed.from_ids([chains.stem_tokens], device=model.device)
                     states = net.stem_states(packed)[1:-1]
                 return net.fold_one(chains, states, passes, rows), rows
-        except RuntimeError as error:
-            if not running.out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not running.out_of_memory(error):
                 raise
             tried.append(rows)
             if rows == 1:

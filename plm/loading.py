@@ -27,6 +27,7 @@ from plm_weights import (
     read_fair_esm,
 )
 from plm_weights.archives import is_archive, unpacked
+from plm_weights.esmfold_files import trunk_among
 from plm_weights.fetch import fetch, home, original_path, row_of, weight_files
 from plm_weights.registry import CHECKPOINTS, Checkpoint, find
 from plm_weights.settings import read_object
@@ -337,6 +338,8 @@ def find_weights(path: Path) -> Path:
         files = tuple(file for file in sorted(path.glob(f"*{kind}")) if not file.stem.endswith("-contact-regression"))
         if len(files) == 1:
             return files[0]
+        if trunk := trunk_among(files):
+            return trunk
         if files:
             found = f"several {kind} files ({', '.join(file.name for file in files)}); name one"
             break

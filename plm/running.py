@@ -262,10 +262,15 @@ def halved(model: Model, groups: Iterable[list[int]], work: Callable[[list[int]]
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device (its own error class), the CPU's allocator or oneDNN (plain RuntimeErrors) ran out of memory."""
-    told = str(error)
-    of_cpu = "can't allocate memory" in told or told in ("std::bad_alloc", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError) or of_cpu
+    """Whether memory ran out. torch has an error class for the memory of CUDA devices only; for the rest there is the
+    wording: of the CPU's allocators, of oneDNN, of cuBLAS, of MPS."""
+    return isinstance(error, torch.OutOfMemoryError) or tells_of_memory(str(error))
+
+
+def tells_of_memory(message: str) -> bool:
+    """Whether an error of torch says in its words that memory ran out."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(word in message for word in words) or message in ("std::bad_alloc", "could not create a primitive")
 
 
 def _forward(model: Model, rows: Sequence[bytes], some: Sequence[int], forward: Run, task: str | None) -> list[Tensor]:

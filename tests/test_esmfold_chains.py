@@ -114,7 +114,7 @@ def test_a_linker_is_made_of_residues(linker: str) -> None:
 
 
 def test_a_gap_is_not_negative() -> None:
-    with pytest.raises(ValueError, match="residue_gap must be 0 or more; got -1"):
+    with pytest.raises(ValueError, match="residue_gap must be a whole number from 0 to 1,000,000; got -1"):
         read_chains("A:C", residue_gap=-1)
 
 

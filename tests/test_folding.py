@@ -1,5 +1,6 @@
 """``plm.fold``: what it gives and what it refuses."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_all_bad_sequences_are_named(single: plm.Model) -> None:
         ({"chunk": 0}, "chunk must be a number of rows, 1 or more, or 'auto'; got 0"),
         ({"chunk": "small"}, "chunk must be a number of rows, 1 or more, or 'auto'; got 'small'"),
         ({"linker": "gg"}, "character 'g' at position 1 of the linker is no residue"),
-        ({"residue_gap": -1}, "residue_gap must be 0 or more; got -1"),
+        ({"residue_gap": -1}, "residue_gap must be a whole number from 0 to 1,000,000; got -1"),
         ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
     ],
 )
@@ -238,9 +239,26 @@ def test_a_network_that_gives_nan_says_so(golden: Path) -> None:
     broken = plm.load(golden / "esmfold" / "a_hub_layout", dtype="float32")
     with torch.no_grad():
         broken.net.embed.weight[18] = torch.nan  # of Y
-    with pytest.raises(FloatingPointError, match=r"sequence 2 gave a NaN or an infinity in torch.float32"):
+    with pytest.raises(FloatingPointError, match=r"\.\.\. gave a NaN or an infinity in torch.float32"):
         fold(broken, ["MKV", "MKY"])
     failed: dict[int, Exception] = {}
     found = dict(fold_rows(broken, read_proteins(["MKV", "MKY", "A"]), on_failure=failed.__setitem__))
     assert found.keys() == {0, 2}
     assert list(failed) == [1] and isinstance(failed[1], FloatingPointError)
+
+
+def test_weights_may_change_between_two_of_a_stream(golden: Path) -> None:
+    """What was packed for one protein is looked at again for the next."""
+    proteins = read_proteins(["MKTWYFHRDE", "MKTWYFHRDE"])
+    changed = plm.load(golden / "esmfold" / "a_hub_layout")
+    stream = fold_rows(changed, proteins, recycles=0)
+    _, first = next(stream)
+    with torch.no_grad():
+        changed.net.blocks[0].outgoing.out.weight.mul_(2)  # type: ignore[union-attr]
+    (_, second), (fresh,) = next(stream), fold(copy.deepcopy(changed), "MKTWYFHRDE", recycles=0)
+    assert torch.equal(second.positions, fresh.positions) and not torch.equal(second.positions, first.positions)
+
+
+def test_autocast_is_refused(single: plm.Model) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast would change"):
+        fold(single, "MKT")

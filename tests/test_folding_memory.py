@@ -182,3 +182,49 @@ def test_what_cannot_fit_is_refused_before_it_is_begun(single: plm.Model, monkey
     proteins = read_proteins([ALL20, "MKV", "MK:VL"])
     assert [i for i, _ in fold_rows(single, proteins, on_failure=failed.__setitem__)] == [1]
     assert sorted(failed) == [0, 2] and all(isinstance(error, MemoryError) for error in failed.values())
+
+
+def test_rows_that_were_asked_for_are_guarded_as_well(published: ESMFold) -> None:
+    """By memory, and by the 32 bits with which some kernels count; not by a CPU's caches."""
+    assert rows_within(published, 300, None, wanted=250) == 250
+    assert rows_within(published, 300, needed(published, 300, 20), wanted=250) <= 20
+    assert rows_within(published, 5000, None, wanted=5000) == rows_within(published, 5000, None, wanted=10**6) < 5000
+
+
+def test_what_cannot_fit_is_not_read_by_the_language_model(single: plm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    proteins = read_proteins([ALL20 * 4, ALL20])
+    between = needed(single.net, 40, 1)  # type: ignore[arg-type]
+    monkeypatch.setattr(folding, "free_memory", lambda device: between)
+    read: list[int] = []
+    stem_states = folding.stem_states
+    monkeypatch.setattr(folding, "stem_states", lambda net, some: read.append(len(some)) or stem_states(net, some))
+    failed: dict[int, Exception] = {}
+    found = dict(fold_rows(single, proteins, recycles=0, on_failure=failed.__setitem__))
+    assert found.keys() == {1} and failed.keys() == {0} and read == [1]
+    with pytest.raises(MemoryError, match="80 residues with linkers need about"):
+        dict(fold_rows(single, proteins, recycles=0))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "MPS backend out of memory (...)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ...",
+        "DefaultCPUAllocator: not enough memory: you tried",
+        None,
+    ],
+)
+def test_every_way_of_running_out_is_known(
+    single: plm.Model, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold_one, tried = ESMFold.fold_one, []
+
+    def full(net: ESMFold, chains: Chains, states: Tensor, passes: int, rows: int) -> Prediction:
+        tried.append(rows)
+        if rows > 2:
+            raise MemoryError if told is None else RuntimeError(told)
+        return fold_one(net, chains, states, passes, rows)
+
+    monkeypatch.setattr(ESMFold, "fold_one", full)
+    (structure,) = fold(single, ALL20, recycles=0, chunk=8)
+    assert structure.settings["chunk"] == 2 and tried == [8, 2]

@@ -281,3 +281,12 @@ def test_wrong_weights_are_named(fault: str, tmp_path: Path) -> None:
     told["swapped layouts"] = r"esm\.layers\.0\.fc1\.weight: in no row"
     with pytest.raises(plm.CheckpointError, match=told.get(fault, r"blocks\.1\.(mlp_seq\.mlp\.1|transition\.up)")):
         plm.load(hub_folder(tmp_path, settings_of(HUB), tensors))
+
+
+def test_the_folder_of_both_files(golden: Path) -> None:
+    """The trunk is told by what is in it, so that the folder means the same."""
+    folder = golden / "esmfold" / "original"
+    whole = plm.load(folder)
+    assert whole.checkpoint.files[0].name != whole.checkpoint.files[1].name and len(whole.checkpoint.files) >= 2
+    named = plm.load(whole.checkpoint.files[0].path)
+    assert torch.equal(whole.net.recycle_distances.weight, named.net.recycle_distances.weight)  # type: ignore[union-attr]

@@ -28,7 +28,7 @@ def code_of(error: BaseException) -> Code | None:
         return Code.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return Code.CLOSED_PIPE
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _tells_of_memory(str(error))):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _tells_of_memory(error)):
         return Code.OUT_OF_MEMORY
     if isinstance(error, InputError | OSError):
         return Code.BAD_INPUT
@@ -68,6 +68,7 @@ def message_of(error: BaseException) -> str:
     return str(error)
 
 
-def _tells_of_memory(message: str) -> bool:
-    """torch has an error class for the memory of CUDA devices only; for the rest there is its wording."""
-    return any(words in message for words in ("out of memory", "can't allocate memory", "not enough memory"))
+def _tells_of_memory(error: RuntimeError) -> bool:
+    from plm.running import out_of_memory  # late, for it imports torch
+
+    return out_of_memory(error)

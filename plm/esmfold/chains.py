@@ -14,6 +14,7 @@ from plm.esmfold.residues import LETTERS, UNKNOWN
 from plm.vocabularies import ESM
 
 LINKER, RESIDUE_GAP = "G" * 25, 512
+LARGEST_GAP = 1_000_000
 READ_AS_X = "BJOUZ"
 AS_X = str.maketrans(dict.fromkeys(READ_AS_X, LETTERS[UNKNOWN]))
 
@@ -82,8 +83,8 @@ def read_chains(
                     f"character {letter!r} at position {at + 1} of {what} is no residue; wanted {LETTERS}, "
                     f"or {READ_AS_X}, which are read as X.{case}"
                 )
-    if residue_gap < 0:
-        raise ValueError(f"residue_gap must be 0 or more; got {residue_gap}")
+    if type(residue_gap) is not int or not 0 <= residue_gap <= LARGEST_GAP:
+        raise ValueError(f"residue_gap must be a whole number from 0 to {LARGEST_GAP:,}; got {residue_gap!r}")
     letters = linker.join(parts).translate(AS_X)
     chain, between = [], []
     for i, part in enumerate(parts):

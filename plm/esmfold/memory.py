@@ -33,14 +33,16 @@ def at_rest(net: ESMFold, length: int) -> int:
     return length**2 * (max(trunk, module) + bins) + length * residues
 
 
-def rows_within(net: ESMFold, length: int, available: int | None) -> int:
+def rows_within(net: ESMFold, length: int, available: int | None, wanted: int | None = None) -> int:
     """How many rows to take at a time, at least one: what fits into ``available`` bytes (None: no limit), and on a CPU
-    into its caches."""
+    into its caches; or, if that fits, as many as are ``wanted``."""
     config, size = net.config, net.embed.weight.element_size()
     widest = length * 4 * config.pair  # numbers of a row, in the feed-forward of pairs
     attention = length**2 * (config.pair // config.pair_head_size)  # the same in triangle attention, if written out
     rows = min(length, LARGEST // max(widest, attention))
-    if net.embed.weight.device.type == "cpu":
+    if wanted is not None:
+        rows = min(rows, wanted)
+    elif net.embed.weight.device.type == "cpu":
         rows = min(rows, WIDEST // (widest * size))
     while rows > 1 and available is not None and needed(net, length, rows) > available:
         rows //= 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from plm_weights import esm
+from plm_weights import esm, esmfold
 from plm_weights.errors import CheckpointError
-from plm_weights.read import TensorSource, read_fair_esm
+from plm_weights.read import TensorSource, open_tensors, read_fair_esm
 
 # What its configuration calls the language model, and fair-esm's file of it (facebookresearch/esm@2b36991,
 # esm/esmfold/v1/esmfold.py)
@@ -45,6 +47,17 @@ def joined(tensors: TensorSource) -> TensorSource:
         files=tensors.files + stem.files,
         read=lambda name: stem[names[name]] if name in names else tensors[name],
     )
+
+
+def trunk_among(files: Sequence[Path]) -> Path | None:
+    """The one of several ``.pt`` files that holds a folding trunk, if it is one; the others are what it stands on."""
+    if len(files) < 2 or any(file.suffix != ".pt" for file in files):
+        return None
+    trunks = []
+    for file in files:
+        with suppress(CheckpointError):  # another file may be whatever it is
+            trunks += [file] if esmfold.recognise(open_tensors(file).meta) == "original" else []
+    return trunks[0] if len(trunks) == 1 else None
 
 
 def find_stem(path: Path, tensors: TensorSource) -> Path:

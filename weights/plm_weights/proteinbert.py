@@ -137,9 +137,10 @@ def read_config(layout: str, tensors: TensorSource) -> dict[str, Any]:
     if layout == "keras" and folder.name == "variables":  # of a SavedModel
         folder = folder.parent
     file = folder / "config.json"
-    if not file.exists():
+    settings = read_object(file) if file.exists() else {}
+    if not file.exists() or (layout == "keras" and settings.get("model_type") != "proteinbert"):  # a hub's own, perhaps
         return {**found, "dilation": DILATION, "norm_eps": NORM_EPS}
-    return {**found, **from_settings(read_object(file), found)}
+    return {**found, **from_settings(settings, found)}
 
 
 def from_shapes(meta: Mapping[str, Tensor], layout: Literal["pickle", "keras"]) -> dict[str, Any]:
