@@ -93,6 +93,51 @@ def test_other_settings_are_never_mixed(
     assert Path("out/P2.pdb").read_bytes() != before and len(index()) == 1
 
 
+CIF, BESIDE = ("--format", "cif", "--recycles", "0"), ("--json",)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "names"),
+    [
+        (("--format", "cif", *BESIDE), CIF, ["1.cif"]),
+        (BESIDE, CIF, ["1.cif"]),
+        (CIF, BESIDE, ["1.json", "1.pdb"]),
+        ((*CIF, *BESIDE), (), ["1.pdb"]),
+    ],
+)
+def test_files_of_two_runs_are_never_beside_each_other(
+    run: Plm, tmp_path: Path, first: tuple[str, ...], then: tuple[str, ...], names: list[str]
+) -> None:
+    """A picture of the first run, too; a file that is no run's is kept."""
+    (tmp_path / "in.fasta").write_text(">1\nMKTAYIAKQR\n")
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", *first).code == 0
+    mark = index()[0]["fingerprint"]
+    Path("out/1.png").write_bytes(f'{{"fingerprint": "{mark}"}}'.encode() + ENDS[".png"])
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out", *then)
+    assert code == 4 and all(path.name in err for path in before if path.name != "fold.csv") and "--overwrite" in err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    Path("out/1.txt").touch()
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--overwrite", *then).code == 0
+    assert written() == sorted([*names, "1.txt", "fold.csv"])
+
+
+def test_what_another_run_left_beside_what_is_there_goes(
+    run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it has no fingerprint."""
+    (tmp_path / "in.fasta").write_text(">1\nMKTAYIAKQR\n>2\nGSH\n")
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "old", *CIF).code == 0
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
+    shutil.copy("old/1.cif", "out/1.cif")
+    Path("out/2.cif").write_text("data_mine\n#\n")
+    nothing_left(monkeypatch)
+    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out")
+    assert code == 4 and "out holds 1.cif, made from another" in err and Path("out/1.cif").exists()
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--overwrite").code == 0
+    assert written() == ["1.pdb", "2.cif", "2.pdb", "fold.csv"]
+
+
 def test_settings_that_change_nothing_are_not_compared(
     run: Plm, fasta: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

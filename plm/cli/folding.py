@@ -144,6 +144,7 @@ class Run:
         start = perf_counter()
         try:
             for i in self.done:
+                self.folder.remove_stale(self.reading.ids[i], self.marks[i])
                 self.finish(i)
             work = self.work()
             with self.job.bar(sum(work.values()), "FLOP") as bar:
@@ -202,9 +203,10 @@ class Run:
             before = perf_counter()
 
     def write(self, i: int, structure: Structure) -> None:
-        """The files of a protein, the structure last: where it is, the others are."""
+        """The files of a protein, the structure last: where it is, the others are. Those of other runs go first."""
         id, mark, how = self.reading.ids[i], self.marks[i], self.how
         text = structure_text(structure, how.layout, how.numbering, mark, how.settings)
+        self.folder.remove_stale(id, mark)
         if how.json:
             told = confidence_text(id, structure, how.layout, mark, how.settings, self.provenance)
             self.folder.write(id, ".json", told.encode())

@@ -22,6 +22,13 @@ UNFIT = re.compile(r'[<>:"|?*\s]')  # what some file systems do not take in name
 NAME_BYTES = 200  # file systems take 255, suffix and temporary names included
 # How a file of each kind ends: one that was cut off by other hands than ours is not whole.
 ENDS = {".pdb": b"END\n", ".cif": b"#\n", ".json": b"}\n", ".png": b"IEND\xaeB`\x82"}
+# Where a file of each kind has its fingerprint.
+PLACES = {
+    ".pdb": rb"^REMARK   6 fingerprint (\w+)\n",
+    ".cif": rb"\n_plm\.fingerprint (\w+)\n",
+    ".json": rb'"fingerprint": "(\w+)"',
+    ".png": rb'"fingerprint": "(\w+)"',
+}
 PEEK = 65_536  # bytes at either end of a file, where fingerprints are
 SHOWN = 5
 
@@ -45,6 +52,7 @@ class ProteinFolder:
         # Raises where no file can be made.
         FileTarget(self.path / INDEX if self.path.exists() else self.path, overwrite=True, size=0)
         self._rows = self._read_index()
+        self._found: dict[Path, tuple[str, bool]] = {}
 
     def renamed(self) -> list[str]:
         """``id -> name`` for every id that is no file name, or that another one hides where case does not count."""
@@ -55,25 +63,44 @@ class ProteinFolder:
 
     def has(self, id: str, suffix: str, fingerprint: str) -> bool:
         """Whether the file is there and whole, and has the fingerprint in it."""
+        return self._look(id, suffix) == (fingerprint, True)
+
+    def stale(self, id: str, fingerprint: str) -> list[Path]:
+        """The files of a protein, of every kind, that hold another fingerprint."""
+        paths = {suffix: self.file(id, suffix) for suffix in ENDS}
+        return [path for suffix, path in paths.items() if self._look(id, suffix)[0] not in ("", fingerprint)]
+
+    def remove_stale(self, id: str, fingerprint: str) -> None:
+        """Remove these, so that no two runs are mixed. What holds no fingerprint is none of ours, and stays."""
+        for path in self.stale(id, fingerprint):
+            path.unlink(missing_ok=True)
+            del self._found[path]
+
+    def _look(self, id: str, suffix: str) -> tuple[str, bool]:
+        """The fingerprint in a file ("" if there is none), and whether it is whole. Each file is read once."""
         path = self.file(id, suffix)
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            head = file.read(PEEK)
-            file.seek(max(0, path.stat().st_size - PEEK))
-            end = file.read()
-        return fingerprint.encode() in head + end and end.endswith(ENDS[suffix])
+        if path not in self._found:
+            head = end = b""
+            if path.is_file():
+                with path.open("rb") as file:
+                    head = file.read(PEEK)
+                    file.seek(max(0, path.stat().st_size - PEEK))
+                    end = file.read()
+            found = re.search(PLACES[suffix], head) or re.search(PLACES[suffix], end)
+            self._found[path] = found[1].decode() if found else "", end.endswith(ENDS[suffix])
+        return self._found[path]
 
     def check_free(self, wanted: Iterable[tuple[str, str, str]]) -> None:
-        """Raises: OutputError naming the files of ``wanted`` (id, suffix, fingerprint) that hold something else."""
+        """Raises: OutputError naming the files of ``wanted`` (id, suffix, fingerprint) that hold something else, and
+        those beside them that other runs have left."""
         if self.overwrite:
             return
-        odd = [
-            self.file(id, suffix).name
-            for id, suffix, fingerprint in wanted
-            if self.file(id, suffix).exists() and not self.has(id, suffix, fingerprint)
-        ]
-        if odd:
+        found: dict[str, None] = {}  # a set in order
+        for id, suffix, fingerprint in wanted:
+            if self.file(id, suffix).exists() and not self.has(id, suffix, fingerprint):
+                found[self.file(id, suffix).name] = None
+            found.update((path.name, None) for path in self.stale(id, fingerprint))
+        if odd := list(found):
             more = f" and {len(odd) - SHOWN:,} more" if len(odd) > SHOWN else ""
             raise OutputError(
                 f"{self.path} holds {', '.join(odd[:SHOWN])}{more}, made from another sequence, model or setting, or "
@@ -86,10 +113,12 @@ class ProteinFolder:
 
     def write(self, id: str, suffix: str, content: bytes) -> None:
         """A file of a protein, in the place of any other."""
+        self._found.pop(self.file(id, suffix), None)
         write_whole(self.file(id, suffix), content)
 
     def draw(self, id: str, suffix: str, draw: Callable[[Path], None]) -> None:
         """The same for what ``draw`` writes to a path."""
+        self._found.pop(self.file(id, suffix), None)
         fill_whole(self.file(id, suffix), draw)
 
     def row(self, id: str) -> dict[str, str]:
