@@ -149,8 +149,10 @@ def test_settings_that_change_nothing_are_not_compared(
     assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", *argv).code == 0
 
 
-@pytest.mark.parametrize("what", ["sequence", "weights", "torn", "foreign"])
-def test_a_file_that_is_something_else_is_kept(run: Plm, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["sequence", "weights", "config", "format", "torn", "foreign"])
+def test_a_file_that_is_something_else_is_kept(
+    run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     (tmp_path / "in.fasta").write_text(">P1\nMKTAYIAKQR\n")
     model = FOLDS
     assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out").code == 0
@@ -163,6 +165,14 @@ def test_a_file_that_is_something_else_is_kept(run: Plm, tmp_path: Path, what: s
         tensors["embedding.weight"] *= 2
         shutil.copytree(FOLDS, model)
         save_file(tensors, Path(model, "model.safetensors"), {"format": "pt"})
+    elif what == "config":
+        model = str(tmp_path / "other")
+        shutil.copytree(FOLDS, model)
+        settings = json.loads(Path(model, "config.json").read_text())
+        settings["esmfold_config"]["trunk"]["structure_module"]["trans_scale_factor"] = 5
+        Path(model, "config.json").write_text(json.dumps(settings))
+    elif what == "format":
+        monkeypatch.setattr("plm.cli.folded.FORMAT", 0)
     elif what == "torn":
         file.write_bytes(file.read_bytes()[:-10])
     else:

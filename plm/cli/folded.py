@@ -9,12 +9,16 @@ from dataclasses import replace
 from plm.esmfold.confidence import MOST
 from plm.structures import PDB_CHAINS, Numbering, Structure
 
+# Of what is computed and written: one more whenever a change of this library makes other files of the same input.
+FORMAT = 1
 DIGITS = 32  # of the sha256, so that it fits into a line of a PDB file
 
 
-def fingerprint(sequence: str, weights: Mapping[str, str], settings: Mapping[str, object]) -> str:
-    """Of all that decides what a structure looks like: residues ``A:B``, sha256 of weight files, and settings."""
-    told = json.dumps([sequence, sorted(weights.values()), sorted(settings.items())])
+def fingerprint(
+    sequence: str, weights: Mapping[str, str], config: Mapping[str, object], settings: Mapping[str, object]
+) -> str:
+    """Of all that decides what a file holds: residues ``A:B``, sha256 of weights, sizes of the network, settings."""
+    told = json.dumps([FORMAT, sequence, sorted(weights.values()), config, settings], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:DIGITS]
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -96,6 +96,10 @@ class Run:
         return self.job.provenance(self.model, self.reading)
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        return asdict(folding_network(self.model).config)
+
+    @cached_property
     def marks(self) -> list[str]:
         """The fingerprint of each protein."""
         return [self.mark(i) for i in range(len(self.proteins))]
@@ -120,7 +124,7 @@ class Run:
         how, several = self.how, ":" in self.reading.records[i].sequence
         joined = {"linker": how.linker, "residue_gap": how.residue_gap} if several else {}
         settings = {**how.settings, **joined, "recycles": how.recycles, "dtype": self.provenance["dtype"]}
-        return fingerprint(self.reading.records[i].sequence, self.provenance["sha256"], settings)
+        return fingerprint(self.reading.records[i].sequence, self.provenance["sha256"], self.config, settings)
 
     def is_there(self, i: int) -> bool:
         return all(self.folder.has(self.reading.ids[i], suffix, self.marks[i]) for suffix in self.suffixes)
