@@ -194,7 +194,7 @@ def test_coordinates_that_have_no_room_fail_alone(run: Plm, fasta: str, monkeypa
 
 
 def test_progress_is_weighed_by_cost(run: Plm, fasta: str, model: plm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what failed is done with."""
+    """What failed is taken out."""
     bars = []
 
     class Bar:
@@ -222,8 +222,29 @@ def test_progress_is_weighed_by_cost(run: Plm, fasta: str, model: plm.Model, mon
 
     monkeypatch.setattr("plm.folding.fold_in_pieces", fold_in_pieces)
     assert run("fold", fasta, "-m", FOLDS, "-o", "out", "--recycles", "1").code == 3
-    cost = [operations(model.net.config, length, 2) for length in (11 + 25, 10, 3)]
+    cost = [operations(model.net.config, length, 2) for length in (11 + 25, 10)]
     assert [(bar.total, bar.unit, bar.steps) for bar in bars] == [(sum(cost), "FLOP", cost)]
+
+
+def test_failures_count_in_no_time(run: Plm, fasta: str, model: plm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P2, the longest by far, fails after 1,000 s; P1 takes 500 s, and P3 costs less."""
+    whole, clock = plm.folding.fold_in_pieces, [0.0]
+
+    def fold_in_pieces(model: plm.Model, chains: Any, *rest: Any) -> Any:
+        if chains.letters.startswith("MKTWYF"):
+            clock[0] += 1000
+            raise MemoryError("too long")
+        clock[0] += 500
+        return whole(model, chains, *rest)
+
+    monkeypatch.setattr("plm.folding.fold_in_pieces", fold_in_pieces)
+    monkeypatch.setattr("plm.cli.folding.perf_counter", lambda: clock[0])
+    code, _, err = run("fold", fasta, "-m", FOLDS, "-o", "out")
+    first, second, *_ = err.splitlines()
+    left = 500 * operations(model.net.config, 3, 4) / operations(model.net.config, 10, 4)
+    assert code == 3 and first.startswith("P1: ") and first.endswith(f", 500.0 s; about {left:.0f} s left")
+    assert second.startswith("P3: ") and second.endswith(", 500.0 s; about 0 s left")
+    assert [row["seconds"] for row in index()] == ["500.00", "500.00"]
 
 
 def test_cost_of_the_published_model() -> None:
@@ -280,6 +301,19 @@ def test_what_the_model_or_the_file_does_not_take(run: Plm, tmp_path: Path) -> N
     assert code == 4 and "'a': 63 chains, and a PDB file has letters for 62" in err and "--format cif" in err
     assert "'b': residues up to 10,223" in err and "--numbering chain" in err
     assert outputs(tmp_path) == ["in.fasta"]
+
+
+def test_what_no_pdb_file_holds_is_not_folded(run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where mmCIF has room. "b" has 14 atoms in each residue (W) and 2 ends of chains."""
+    chain = "W" * 3572
+    (tmp_path / "in.fasta").write_text(f">a\n{'G' * 10_000}\n>b\n{chain}:{chain}\n>c\n{'W' * 3572}:{'W' * 3570}\n")
+    monkeypatch.setattr("plm.cli.folding.fold_rows", lambda *args, **options: pytest.fail("too late"))
+    code, _, err = run("fold", "in.fasta", "-m", FOLDS, "-o", "out")
+    assert code == 4 and outputs(tmp_path) == ["in.fasta"] and "What to do: write mmCIF: --format cif" in err
+    assert "line 1, record 1 'a': a chain of 10,000 residues, and a PDB file has room for 9,999" in err
+    assert "record 2 'b': 100,018 atoms and ends of chains, and a PDB file has room for 99,999" in err
+    monkeypatch.setattr("plm.cli.folding.fold_rows", lambda *args, **options: [])
+    assert run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--format", "cif").code == 0
 
 
 @pytest.mark.parametrize(

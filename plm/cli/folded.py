@@ -6,11 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from plm.esmfold.chains import Chains
 from plm.esmfold.confidence import MOST
-from plm.structures import PDB_CHAINS, Numbering, Structure
+from plm.esmfold.residues import tables
+from plm.structures import PDB_ATOMS, PDB_CHAINS, PDB_RESIDUES, Numbering, Structure
 
 # Of what is computed and written: one more whenever a change of this library makes other files of the same input.
 FORMAT = 1
+CIF = "write mmCIF: --format cif"
 DIGITS = 32  # of the sha256, so that it fits into a line of a PDB file
 
 
@@ -20,6 +23,24 @@ def fingerprint(
     """Of all that decides what a file holds: residues ``A:B``, sha256 of weights, sizes of the network, settings."""
     told = json.dumps([FORMAT, sequence, sorted(weights.values()), config, settings], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:DIGITS]
+
+
+def beyond_pdb(protein: Chains, numbering: Numbering) -> tuple[str, str] | None:
+    """What a PDB file has no room for, whatever the structure will be, and what to do; None if there is nothing."""
+    real = ~protein.linker
+    lengths = protein.chain[real].bincount()
+    chains, longest, most = len(lengths), int(lengths.max()), int(protein.positions[-1]) + 1
+    serials = int(tables().kinds_present[protein.types[real]].sum()) + chains
+    if chains > len(PDB_CHAINS):
+        return f"{chains} chains, and a PDB file has letters for {len(PDB_CHAINS)}", CIF
+    if longest > PDB_RESIDUES:
+        return f"a chain of {longest:,} residues, and a PDB file has room for {PDB_RESIDUES:,}", CIF
+    if serials > PDB_ATOMS:
+        return f"{serials:,} atoms and ends of chains, and a PDB file has room for {PDB_ATOMS:,}", CIF
+    if numbering == "index" and most > PDB_RESIDUES:
+        advice = "number each chain from 1: --numbering chain"
+        return f"residues up to {most:,}, and a PDB file has room for {PDB_RESIDUES:,}", advice
+    return None
 
 
 def structure_text(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from plm.cli.folded import confidence_of, confidence_text, fingerprint, structure_text
+from plm.cli.folded import beyond_pdb, confidence_of, confidence_text, fingerprint, structure_text
 from plm.cli.job import Job
 from plm.esmfold.chains import READ_AS_X, Chains
 from plm.esmfold.cost import operations
@@ -25,7 +25,7 @@ from plm.outputs.target import OutputError
 from plm.plots import draw_confidence
 from plm.report import MARK, Row, Shown, write_report
 from plm.sequences import Fault, InputError, Reading
-from plm.structures import PDB_CHAINS, PDB_RESIDUES, Numbering, Structure
+from plm.structures import Numbering, Structure
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -59,16 +59,8 @@ class How:
     def read(self, texts: list[str]) -> list[Chains]:
         """The proteins of residues ``A:B``. Raises: InputError with all that cannot be folded, or not be written."""
         proteins = read_proteins(texts, linker=self.linker, residue_gap=self.residue_gap)
-        faults = []
-        for i, protein in enumerate(proteins if self.layout == "pdb" else ()):
-            chains, most = int(protein.chain[-1]) + 1, int(protein.positions[-1]) + 1
-            if chains > len(PDB_CHAINS):
-                reason = f"{chains} chains, and a PDB file has letters for {len(PDB_CHAINS)}"
-                faults.append(Fault(reason, "write mmCIF: --format cif", record=i + 1))
-            elif self.numbering == "index" and most > PDB_RESIDUES:
-                reason = f"residues up to {most:,}, and a PDB file has room for {PDB_RESIDUES:,}"
-                faults.append(Fault(reason, "number each chain from 1: --numbering chain", record=i + 1))
-        if faults:
+        told = ((i, beyond_pdb(one, self.numbering)) for i, one in enumerate(proteins if self.layout == "pdb" else ()))
+        if faults := [Fault(*reason, record=i + 1) for i, reason in told if reason]:
             raise InputError("sequences", faults)
         if self.hide is None:
             return proteins
@@ -166,19 +158,18 @@ class Run:
 
     def fold_left(self, work: Mapping[int, int], bar: "tqdm[None]") -> None:
         """Fold what costs ``work``, and tell of it as it is done."""
-        start = before = perf_counter()
-        rest = sum(work.values())
-
-        def over(i: int) -> None:
-            nonlocal rest
-            rest -= work[i]
-            bar.update(work[i])
+        before, spent = perf_counter(), 0.0
+        total = rest = sum(work.values())
 
         def failed(number: int, error: Exception) -> None:
+            """Neither its work nor its time says anything of the others."""
+            nonlocal before, total, rest
             i = self.left[number]
             record = self.reading.records[i]
             self.failed.append(Fault(str(error), "", record.line, record.number, record.id))
-            over(i)
+            total, rest = total - work[i], rest - work[i]
+            bar.total = total
+            before = perf_counter()
 
         proteins = [self.proteins[i] for i in self.left]
         stream = fold_rows(
@@ -190,7 +181,7 @@ class Run:
             on_failure=failed,
         )
         for number, structure in stream:
-            i, now = self.left[number], perf_counter()
+            i, seconds = self.left[number], perf_counter() - before
             try:
                 self.write(i, structure)
             except ValueError as error:  # coordinates that a PDB file has no room for
@@ -199,11 +190,12 @@ class Run:
                 failed(number, error)
                 continue
             self.folded.append(i)
-            self.finish(i, now - before)
-            over(i)
+            self.finish(i, seconds)
+            spent, rest = spent + perf_counter() - before, rest - work[i]  # drawing takes its time, too
+            bar.update(work[i])
             if not self.job.quiet and not sys.stderr.isatty():
-                left = duration(rest / (sum(work.values()) - rest) * (now - start))
-                click.echo(f"{self.reading.ids[i]}: {self.about(i)}, {now - before:.1f} s; about {left} left", err=True)
+                left = duration(rest / (total - rest) * spent)
+                click.echo(f"{self.reading.ids[i]}: {self.about(i)}, {seconds:.1f} s; about {left} left", err=True)
             before = perf_counter()
 
     def write(self, i: int, structure: Structure) -> None:
