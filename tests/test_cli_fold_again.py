@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import FOLDS, Plm, no_model_is_loaded
@@ -13,7 +14,8 @@ from test_cli_fold import FASTA, FILES, PROTEINS, index, written
 from test_cli_signals import start
 
 import plm
-from plm.outputs.proteins import ENDS
+from plm.outputs.proteins import COLUMNS, ENDS, PAUSE, ProteinFolder
+from plm.outputs.target import OutputError
 
 
 @pytest.fixture
@@ -122,6 +124,21 @@ def test_files_of_two_runs_are_never_beside_each_other(
     assert written() == sorted([*names, "1.txt", "fold.csv"])
 
 
+def test_what_was_removed_leaves_the_index(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the new file could not be written; of the others the old ones stay."""
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    write = ProteinFolder.write
+
+    def fails(folder: ProteinFolder, id: str, suffix: str, content: bytes) -> None:
+        if id == "P1":
+            raise OutputError("full")
+        write(folder, id, suffix, content)
+
+    monkeypatch.setattr(ProteinFolder, "write", fails)
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out", *CIF, "--overwrite").code == 4
+    assert written() == ["P2.cif", "P3.pdb", "fold.csv"] and [row["file"] for row in index()] == ["P2.cif", "P3.pdb"]
+
+
 def test_what_another_run_left_beside_what_is_there_goes(
     run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +218,47 @@ def test_files_of_the_folder_that_are_not_ours(
     assert code == 4 and "create it first" in err
 
 
+def test_the_index_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, after a pause, and at the end; also where that is an error, and then as well on a full disk."""
+    clock, writes = [100.0], []
+    monkeypatch.setattr("plm.outputs.proteins.monotonic", lambda: clock[0])
+    monkeypatch.setattr("plm.outputs.proteins.write_whole", lambda path, content: writes.append(content.count(b"\n")))
+    folder = ProteinFolder(tmp_path / "out", [str(i) for i in range(30)], overwrite=False)
+    with pytest.raises(KeyboardInterrupt), folder.filling():
+        for i in range(30):
+            folder.add_row(dict.fromkeys(COLUMNS, "x") | {"id": i})
+            clock[0] += PAUSE / 20
+        raise KeyboardInterrupt
+    assert writes == [2, 22, 31]  # a line for the columns
+    with folder.filling():
+        pass
+    assert len(writes) == 3
+
+    def full(path: Path, content: bytes) -> None:
+        raise OutputError("full")
+
+    monkeypatch.setattr("plm.outputs.proteins.write_whole", full)
+    with pytest.raises(KeyboardInterrupt), folder.filling():
+        folder.add_row(dict.fromkeys(COLUMNS, "x") | {"id": 0})
+        raise KeyboardInterrupt
+    with pytest.raises(OutputError, match="full"), folder.filling():
+        pass
+
+
+def test_files_that_are_there_are_read_once(run: Plm, fasta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    opened: list[str] = []
+    whole = Path.open
+
+    def counted(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return whole(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", counted)
+    assert run("fold", fasta, "-m", FOLDS, "-o", "out").code == 0
+    assert sorted(name for name in opened if name.endswith((".pdb", ".csv"))) == FILES
+
+
 # -- interruption
 
 
@@ -218,6 +276,7 @@ def test_interrupted_and_gone_on_with(run: Plm, tmp_path: Path) -> None:
     assert (process.returncode, out, err) == (130, "", f"{told}Error: interrupted\n")
     assert written() == sorted([*(f"{id}.pdb" for id in there), "fold.csv"])
     assert all(Path("out", f"{id}.pdb").read_bytes().endswith(b"END\n") for id in there)
+    assert sorted(row["id"] for row in index()) == there
     records = [*there, "1999"]
     (tmp_path / "in.fasta").write_text("".join(f">{id}\n{'ACDEFGHIKLMNPQRSTVWY' * 2}\n" for id in records))
     code, out, _ = run("fold", "in.fasta", "-m", FOLDS, "-o", "out", "--quiet")

@@ -136,15 +136,15 @@ class Run:
 
     def fold(self) -> float:
         """Fold what is left, and write each protein at once. Returns: seconds that it took."""
-        self.folder.open()
         start = perf_counter()
         try:
-            for i in self.done:
-                self.folder.remove_stale(self.reading.ids[i], self.marks[i])
-                self.finish(i)
-            work = self.work()
-            with self.job.bar(sum(work.values()), "FLOP") as bar:
-                self.fold_left(work, bar)
+            with self.folder.filling():
+                for i in self.done:
+                    self.folder.remove_stale(self.reading.ids[i], self.marks[i])
+                    self.finish(i)
+                work = self.work()
+                with self.job.bar(sum(work.values()), "FLOP") as bar:
+                    self.fold_left(work, bar)
         except KeyboardInterrupt:
             state = f"{len(self.done):,} of {len(self.marks):,} proteins are in {self.folder.path}"
             click.echo(f"{state}; the same command goes on with the others.", err=True)

@@ -10,8 +10,10 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 
 from plm.outputs.target import FileTarget, OutputError, explained
 from plm.outputs.writer import safe_names
@@ -30,6 +32,7 @@ PLACES = {
     ".png": rb'"fingerprint": "(\w+)"',
 }
 PEEK = 65_536  # bytes at either end of a file, where fingerprints are
+PAUSE = 5.0  # seconds between two times that the index is written, for it grows with every protein
 SHOWN = 5
 
 Row = Mapping[str, object]
@@ -39,7 +42,7 @@ class ProteinFolder:
     """Files are named after ids, as far as these can be file names; ``names`` has an entry for each id."""
 
     def __init__(self, path: str | os.PathLike[str], ids: Sequence[str], *, overwrite: bool) -> None:
-        """Refuse what would fail after hours. Nothing is made before ``open``.
+        """Refuse what would fail after hours. Nothing is made before ``filling``.
 
         Raises: OutputError if the folder is none, cannot be made, or holds a `fold.csv` that is none of ours.
         """
@@ -52,6 +55,7 @@ class ProteinFolder:
         # Raises where no file can be made.
         FileTarget(self.path / INDEX if self.path.exists() else self.path, overwrite=True, size=0)
         self._rows = self._read_index()
+        self._unwritten, self._next_write = False, 0.0
         self._found: dict[Path, tuple[str, bool]] = {}
 
     def renamed(self) -> list[str]:
@@ -75,6 +79,9 @@ class ProteinFolder:
         for path in self.stale(id, fingerprint):
             path.unlink(missing_ok=True)
             del self._found[path]
+            if self.row(id).get("file") == path.name:
+                del self._rows[self.names[id]]
+                self._unwritten = True
 
     def _look(self, id: str, suffix: str) -> tuple[str, bool]:
         """The fingerprint in a file ("" if there is none), and whether it is whole. Each file is read once."""
@@ -107,9 +114,17 @@ class ProteinFolder:
                 "not by plm fold; choose another folder or pass --overwrite"
             )
 
-    def open(self) -> None:
-        """Make the folder."""
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Make the folder, and leave it with an index of all that was added, whatever happens."""
         self.path.mkdir(exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            with suppress(OutputError):  # a full disk was told of already
+                self.write_index()
+            raise
+        self.write_index()
 
     def write(self, id: str, suffix: str, content: bytes) -> None:
         """A file of a protein, in the place of any other."""
@@ -126,18 +141,23 @@ class ProteinFolder:
         return self._rows.get(self.names[id], {})
 
     def add_row(self, row: Row) -> None:
-        """Say of a protein what `COLUMNS` name, and write the index anew."""
+        """Say of a protein what `COLUMNS` name. The index is written anew at once, or after `PAUSE`, or at the end."""
         self._rows[self.names[str(row["id"])]] = {name: str(row[name]) for name in COLUMNS}
-        self.write_index()
+        self._unwritten = True
+        if monotonic() >= self._next_write:
+            self.write_index()
 
     def write_index(self) -> None:
-        """In input order; then what earlier runs with other inputs have left here."""
+        """In input order; then what earlier runs with other inputs have left here. Nothing if it is as it was."""
+        if not self._unwritten:
+            return
         names = list(dict.fromkeys([*self.names.values(), *self._rows]))
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(self._rows[name] for name in names if name in self._rows)
         write_whole(self.path / INDEX, text.getvalue().encode())
+        self._unwritten, self._next_write = False, monotonic() + PAUSE
 
     def _read_index(self) -> dict[str, dict[str, str]]:
         path = self.path / INDEX
