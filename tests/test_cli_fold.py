@@ -320,6 +320,7 @@ def test_what_no_pdb_file_holds_is_not_folded(run: Plm, tmp_path: Path, monkeypa
     ("argv", "told"),
     [
         ((), "add -o out/"),
+        (("-o", ""), "add -o out/"),
         (("-o", "out", "--format", "xyz"), "--format"),
         (("-o", "out", "--recycles", "-1"), "--recycles"),
         (("-o", "out", "--chunk", "0"), "'0' is no number of rows"),
@@ -336,6 +337,12 @@ def test_usage(run: Plm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: 
     no_model_is_loaded(monkeypatch)
     code, out, err = run("fold", "MKT", "-m", FOLDS, *argv)
     assert (code, out) == (2, "") and told in err and outputs(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_dtypes_that_no_structure_comes_of(run: Plm, tmp_path: Path, dtype: str) -> None:
+    code, _, err = run("fold", "MKT", "-m", FOLDS, "-o", "out", "--dtype", dtype)
+    assert code == 2 and f"Invalid value for --dtype: dtype {dtype} cannot be used" in err and outputs(tmp_path) == []
 
 
 def test_models(run: Plm, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def fold(job: Job, layout: str, plot: bool, chunk: "Chunk", hide: float | None, 
       plm fold MKTAYIAKQRQISFVK:GSHMLEDP -m esmfold -o out/ --format cif --json
       plm fold proteins.fasta -m esmfold -o out/ --plot --recycles 8
     """
-    if job.output == "-":
+    if job.output in ("", "-"):
         raise click.UsageError("structures need a folder: add -o out/.")
     if hide is not None and job.seed is None:
         raise click.UsageError("--hide draws residues: add --seed, with which the same ones are drawn again.")

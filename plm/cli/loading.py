@@ -25,11 +25,11 @@ def usable_device(name: str) -> "torch.device":
 def while_loading(dtype: str, quiet: bool) -> Iterator[None]:
     """Print what the library says of licence and vocabulary as a note, unless all is to be ``quiet``.
 
-    Raises: click.BadParameter for float16, which some models do not take.
+    Raises: click.BadParameter for float16 or int8, which some models do not take.
     """
     from plm.loading import Notice
 
-    refused = usage("--dtype") if dtype == "float16" else nullcontext()
+    refused = usage("--dtype") if dtype in ("float16", "int8") else nullcontext()
     with warnings.catch_warnings(record=True) as caught, refused:
         warnings.simplefilter("always", Notice)
         yield
