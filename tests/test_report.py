@@ -26,7 +26,7 @@ from plm.report import CELLS, UNIT, Row, Shown, coarse, write_report
 HOSTILE = '</script><script>alert("x")</script>&<b>'
 PAE = np.linspace(0, MOST_ERROR, 25).reshape(5, 5)
 PROTEIN = Shown(
-    HOSTILE, "5 residues", "ATOM <x>\nEND\n", "pdb", {"A": "MKT", "B": "GX"}, [12.3, 55, 71.5, 95.2, 0], PAE
+    HOSTILE, "5 residues", "ATOM <x>\nEND\n", "pdb", {"A": "MKT", "B": "GX"}, [12.3, 55, 71.5, 95.2, 0], PAE, [1, 516]
 )
 
 
@@ -92,7 +92,10 @@ def test_the_page_holds_structures_and_confidence() -> None:
     first, second = (json.loads(page.of(f"p{i}")[0]) for i in range(2))
     assert unpacked(first["structure"]) == b"ATOM <x>\nEND\n" and first["layout"] == "pdb"
     assert first["plddt"] == [12.3, 55, 71.5, 95.2, 0] and first["step"] == 1
-    assert first["chains"] == [{"name": "A", "sequence": "MKT"}, {"name": "B", "sequence": "GX"}]
+    assert first["chains"] == [
+        {"name": "A", "sequence": "MKT", "start": 1},
+        {"name": "B", "sequence": "GX", "start": 516},
+    ]
     cells = np.frombuffer(unpacked(first["pae"]), np.uint8).reshape(5, 5) * first["unit"]
     np.testing.assert_allclose(cells, PAE, rtol=0, atol=UNIT / 2)  # half a step of what is stored
     assert first["most"] * first["unit"] == MOST_ERROR and second["layout"] == "cif"
@@ -125,7 +128,7 @@ decode({json.dumps(page.of("p0")[0])}).then((protein) => console.log(JSON.string
     done = subprocess.run([node, tmp_path / "page.js"], check=True, capture_output=True, text=True)
     told = json.loads(done.stdout)
     assert told["structure"] == PROTEIN.structure and told["id"] == HOSTILE and told["borders"] == [3]
-    assert told["residues"] == ["A M1", "A K2", "A T3", "B G1", "B X2"]
+    assert told["residues"] == ["A M1", "A K2", "A T3", "B G516", "B X517"]
     assert told["pae"] == np.rint(PAE / UNIT).astype(int).ravel().tolist()
     assert told["ticks"] == [50, 100] and told["greens"] == [[0, 68, 27], [247, 252, 245], [247, 252, 245]]
     blue, cyan, yellow, orange = (colour for _, colour in BANDS)
@@ -202,6 +205,19 @@ def test_fold_draws_each_protein_and_a_page_of_all(
     summary: dict[str, Any] = json.loads(out)
     assert code == 0 and outputs(Path("out")) == names
     assert (summary["skipped"], summary["report"]) == (3, str(Path("out") / "report.html"))
+
+
+@pytest.mark.parametrize("numbering", ["chain", "index"])
+def test_the_page_counts_residues_as_the_file(run: Plm, numbering: str) -> None:
+    pytest.importorskip("matplotlib")
+    argv = ("--plot", "--numbering", numbering, "--linker", "GG", "--residue-gap", "9")
+    err = run("fold", "MKT:GSH:W", "-m", FOLDS, "-o", "out", *argv).err
+    assert "report.html shows 1 protein in " in err
+    page, (file,) = Page(Path("out/report.html").read_text()), Path("out").glob("*.pdb")
+    found = {line[21]: int(line[22:26]) for line in reversed(file.read_text().splitlines()) if line[:4] == "ATOM"}
+    assert {chain["name"]: chain["start"] for chain in json.loads(page.of("p0")[0])["chains"]} == found
+    assert found == ({"A": 1, "B": 1, "C": 1} if numbering == "chain" else {"A": 1, "B": 15, "C": 29})
+    assert page.of("p")[0].startswith("1 structure by ")
 
 
 def test_pages_and_pictures_of_others_are_kept(

@@ -43,6 +43,14 @@ def beyond_pdb(protein: Chains, numbering: Numbering) -> tuple[str, str] | None:
     return None
 
 
+def first_numbers(protein: Chains, numbering: Numbering) -> list[int]:
+    """The number of each chain's first residue in a file."""
+    real = ~protein.linker
+    lengths = protein.chain[real].bincount()
+    firsts = protein.positions[real][lengths.cumsum(0) - lengths] + 1
+    return firsts.tolist() if numbering == "index" else [1] * len(lengths)
+
+
 def structure_text(
     structure: Structure, layout: str, numbering: Numbering, mark: str, settings: Mapping[str, object]
 ) -> str:

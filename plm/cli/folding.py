@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from plm.cli.folded import beyond_pdb, confidence_of, confidence_text, fingerprint, structure_text
+from plm.cli.folded import beyond_pdb, confidence_of, confidence_text, fingerprint, first_numbers, structure_text
 from plm.cli.job import Job
 from plm.esmfold.chains import READ_AS_X, Chains
 from plm.esmfold.cost import operations
@@ -260,7 +260,8 @@ class Run:
             for row in [self.folder.row(record.id)]
         ]
         path = self.folder.path / REPORT
-        subtitle = f"{len(rows):,} structures by {self.model.checkpoint.name}, plm {self.provenance['plm']}"
+        structures = "1 structure" if len(rows) == 1 else f"{len(rows):,} structures"
+        subtitle = f"{structures} by {self.model.checkpoint.name}, plm {self.provenance['plm']}"
 
         def fill(temporary: Path) -> None:
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -268,7 +269,8 @@ class Run:
                 write_report(file, rows, map(self.shown, self.done), title=title, subtitle=subtitle)
 
         fill_whole(path, fill)
-        self.job.note(f"{path} shows {len(rows):,} proteins in {gigabytes(path.stat().st_size)}")
+        proteins = "1 protein" if len(rows) == 1 else f"{len(rows):,} proteins"
+        self.job.note(f"{path} shows {proteins} in {gigabytes(path.stat().st_size)}")
         return str(path)
 
     def shown(self, i: int) -> Shown:
@@ -276,7 +278,8 @@ class Run:
         id, layout = self.reading.ids[i], self.how.layout
         told = json.loads(self.folder.file(id, ".json").read_text("utf-8"))
         text = self.folder.file(id, f".{layout}").read_text("utf-8")
-        return Shown(id, self.about(i), text, layout, told["chains"], told["plddt"], told["pae"])
+        starts = first_numbers(self.proteins[i], self.how.numbering)
+        return Shown(id, self.about(i), text, layout, told["chains"], told["plddt"], told["pae"], starts)
 
 
 def check_report(folder: ProteinFolder) -> None:

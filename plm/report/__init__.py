@@ -34,6 +34,7 @@ class Shown:
         chains: residues of each chain, under the name that it has in the file.
         plddt: ``[L]``, 0 to 100.
         pae: ``[L, L]`` in Å.
+        starts: the number of each chain's first residue in the file; 1 unless told.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Shown:
     chains: Mapping[str, str]
     plddt: Sequence[float]
     pae: npt.ArrayLike
+    starts: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,15 @@ def as_row(number: int, row: Row) -> str:
 def as_data(protein: Shown) -> str:
     """What ``page.js`` reads: JSON, in which no tag can begin."""
     cells, step = coarse(np.asarray(protein.pae, np.float64))
+    starts = protein.starts or [1] * len(protein.chains)
     told = {
         "id": protein.id,
         "about": protein.about,
         "layout": protein.layout,
-        "chains": [{"name": name, "sequence": sequence} for name, sequence in protein.chains.items()],
+        "chains": [
+            {"name": name, "sequence": sequence, "start": start}
+            for (name, sequence), start in zip(protein.chains.items(), starts, strict=True)
+        ],
         "plddt": [round(value, 1) for value in protein.plddt],
         "step": step,
         "unit": UNIT,

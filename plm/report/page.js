@@ -26,7 +26,7 @@ async function unpack(text) {
 async function decode(json) {
   const told = JSON.parse(json);
   const structure = new TextDecoder().decode(await unpack(told.structure));
-  const residues = told.chains.flatMap(({ name, sequence }) => [...sequence].map((letter, i) => `${name} ${letter}${i + 1}`));
+  const residues = told.chains.flatMap(({ name, sequence, start }) => [...sequence].map((letter, i) => `${name} ${letter}${start + i}`));
   return { ...told, structure, residues, pae: await unpack(told.pae) };
 }
 
