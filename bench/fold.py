@@ -135,6 +135,7 @@ def measure(length: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 def plot(measured: list[dict[str, Any]], path: Path) -> None:
     """Time and peak memory by length, float32."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     rows = [each for each in measured if each["dtype"] == "float32"]
@@ -146,6 +147,8 @@ def plot(measured: list[dict[str, Any]], path: Path) -> None:
         axis.set(title=title, xlabel="residues", ylabel=unit, xscale="log", yscale="log", xticks=lengths)
         axis.set_xticks(lengths, map(str, lengths))
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
