@@ -36,7 +36,7 @@ class Atom(NamedTuple):
         return self.name[0]  # the heavy atoms of residues are C, N, O and S
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Structure:
     """One protein as it was predicted. The linkers that joined its chains are left out everywhere.
 
@@ -67,6 +67,10 @@ class Structure:
     def __len__(self) -> int:
         """Residues of all chains."""
         return len(self.residue_index)
+
+    def __repr__(self) -> str:
+        chains = "" if len(self.chains) == 1 else f" in {len(self.chains)} chains"
+        return f"Structure({len(self.chain)} residues{chains}, mean pLDDT {self.mean_plddt:.1f}, pTM {self.ptm:.3f})"
 
     @property
     def sequence(self) -> str:

@@ -1,5 +1,6 @@
 """Structures as text: the original's PDB byte for byte, what its columns cannot hold, and mmCIF read by gemmi."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,9 @@ def test_gemmi_reads_entities_and_confidence(tmp_path: Path) -> None:
     assert [row[3:] for row in local] == [("2", f"{value:.2f}") for value in structure.residue_plddt.tolist()]
     told = gemmi.cif.as_string(block.find_value("_struct.pdbx_descriptor"))
     assert "10.1126/science.ade2574" in told
+
+
+def test_a_structure_says_what_it_is_in_a_line(folded: dict[str, Structure]) -> None:
+    assert re.fullmatch(
+        r"Structure\(13 residues in 2 chains, mean pLDDT \d\d\.\d, pTM 0\.042\)", repr(folded["b_v5_layout_multimer"])
+    )
