@@ -47,7 +47,7 @@ def rows_at_a_time(context: click.Context, option: click.Parameter, value: str) 
     click.option("--linker", default=LINKER, show_default=True, help="Residues between chains; may be empty."),
     click.option(
         "--residue-gap",
-        type=click.IntRange(min=0),
+        type=click.IntRange(0, 1_000_000),
         default=RESIDUE_GAP,
         show_default=True,
         help="How far apart the model is told that chains are.",
