@@ -138,6 +138,8 @@ def encode(
             hint = "give residues alone: the tokens around them are put there"
             hint += " (task='...' chooses which)" if tokenizer.tasks else ""
             hint += ", and a pair is HEAVY|LIGHT" if separator else ""
+            if not tokenizer.framed:
+                hint = f"give residues alone: {tokenizer.start} is put before them and {tokenizer.end} behind them"
             fault(i, f"{tokenizer.decode(tokens[:1])} is no residue", hint)
         elif limit is not None and len(row) + around > limit:
             taker = model.checkpoint.name if pad_to is None else f"pad_to={pad_to}"
