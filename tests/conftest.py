@@ -1,5 +1,6 @@
 """What every test leans on: one seed, one thread, the folder of stored truths, and the command line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from plm.models.esm import ESM, Config, initialise
 
 # The networks of these tests are tiny. On a busy machine a second thread makes them seventy times slower, not faster.
 torch.set_num_threads(1)
+
+# Without a GPU Triton's kernels are interpreted. Triton looks at this when a kernel is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

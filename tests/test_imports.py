@@ -40,6 +40,7 @@ OPTIONAL = ["h5py", "pyarrow", "matplotlib", *sorted(PEERS), "einops.layers"]
 
 # The first prefix that fits a module says what of ours and of others it may import.
 ALLOWED: dict[str, set[str]] = {
+    "plm_kernels.gpu": {"torch", "triton", "plm_kernels"},
     "plm_kernels": {"torch", "plm_kernels"},
     "plm_weights": {"torch", "safetensors", "einops", "huggingface_hub", "plm_weights"},
     "plm.layers": {"torch", "plm_kernels"},

@@ -1,0 +1,90 @@
+"""Which implementation serves a call, and what happens where a kernel does not work."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from plm_kernels import backends
+from plm_kernels.backends import KernelWarning, attempt, picks, serve
+
+
+@pytest.fixture(autouse=True)
+def none_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_broken", {})
+
+
+def kernel() -> str:
+    return "triton"
+
+
+def plain() -> str:
+    return "torch"
+
+
+def failing() -> str:
+    raise RuntimeError("no ptxas\nand more lines")
+
+
+def test_a_cpu_is_served_by_torch() -> None:
+    x = torch.zeros(1)
+    assert serve("rotary", x, "auto", kernel, plain) == "torch"
+    assert serve("rotary", x, "torch", kernel, plain) == "torch"
+    assert serve("rotary", x, "triton", kernel, plain) == "triton"
+    with pytest.raises(ValueError, match="'cuda' is unknown; choose 'auto', 'torch' or 'triton'"):
+        serve("rotary", x, "cuda", kernel, plain)  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_fails_costs_one_warning() -> None:
+    with pytest.warns(KernelWarning, match="'rotary' does not work here, PyTorch is used: RuntimeError: no ptxas$"):
+        assert attempt("rotary", failing, plain) == "torch"
+    assert backends.broken() == {"rotary": "RuntimeError: no ptxas"}
+
+
+def test_a_kernel_asked_for_by_name_may_fail() -> None:
+    with pytest.raises(RuntimeError, match="no ptxas"):
+        serve("rotary", torch.zeros(1), "triton", failing, plain)
+
+
+class OnCuda:
+    """As much of a CUDA tensor as the choice looks at."""
+
+    is_cuda = True
+
+
+@torch.inference_mode()
+def test_cuda_is_served_by_triton_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    x: Tensor = OnCuda()  # type: ignore[assignment]
+    monkeypatch.setattr(backends, "triton_available", lambda: True)
+    assert serve("rotary", x, "auto", kernel, plain) == "triton"
+    with pytest.warns(KernelWarning):
+        serve("rotary", x, "auto", failing, plain)
+    with warnings.catch_warnings(action="error"):
+        assert serve("rotary", x, "auto", failing, plain) == "torch"
+        assert serve("norm", x, "auto", kernel, plain) == "triton"
+    monkeypatch.setattr(backends, "triton_available", lambda: False)
+    assert serve("norm", x, "auto", kernel, plain) == "torch"
+
+
+def test_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "triton_available", lambda: True)
+    assert serve("rotary", OnCuda(), "auto", kernel, plain) == "torch"  # type: ignore[arg-type]
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_kernel() -> None:
+    def greedy() -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        attempt("rotary", greedy, plain)
+    assert not backends.broken()
+
+
+def test_picks_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "KERNELS", {"rotary": "rotary", "norm": "norms"})
+    monkeypatch.setattr(backends, "_broken", {"norm": "RuntimeError: no ptxas"})
+    monkeypatch.setattr(backends, "triton_available", lambda: True)
+    assert picks() == {"rotary": "triton", "norm": "torch (RuntimeError: no ptxas)"}
+    monkeypatch.setattr(backends, "triton_available", lambda: False)
+    assert picks()["rotary"] == "torch (Triton is not installed)"
