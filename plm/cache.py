@@ -9,7 +9,7 @@ than those of float32, though they have half as much to read.
 Letters: r rows (texts being written), p prompts, h heads, d head size, t tokens, l layers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,6 +103,7 @@ class Cache(Slots):
         own = self.keys.new_zeros(1, capacity) if bias is None else bias.to(self.keys.dtype)
         padding = own.new_full((len(own), self.keys.shape[3]), -torch.inf)
         self.mask = torch.cat((own, padding), -1)[None, :, None]  # [1, h or 1, 1, t]
+        self.views, self.views_at = list[View](), list[int]()
 
     @property
     def capacity(self) -> int:
@@ -114,23 +115,50 @@ class Cache(Slots):
 
         Returns: what it gathers ``[r, h, d]``, and the logarithm of its weights' sum ``[r, h]``.
         """
-        parts, start = [], 0
-        counts = runs(self.lengths)
-        pieces = (x.split([count for count, _ in counts]) for x in (q, k, v))
-        for (count, length), queries, newest, value in zip(counts, *pieces, strict=True):
-            rows, here = slice(start, start + count), slice(padded_keys(length + 1, q.shape[-1]))
-            keys, values = self.keys[layer, rows], self.values[layer, rows]
-            keys[:, :, length], values[:, :, length] = newest, value
-            first = self.text_tokens - 1 - length
-            mask = self.mask[..., first : first + here.stop]
-            queries = queries[:, :, None].to(keys.dtype)
-            parts.append(attention_part(queries, keys[:, :, here], values[:, :, here], scale=self.scale, mask=mask))
-            start += count
+        if self.views_at != self.lengths:
+            self.views, self.views_at = [*self._views()], [*self.lengths]
+        pieces = (split(x, [view.rows for view in self.views]) for x in (q, k, v))
+        parts = []
+        for view, queries, newest, value in zip(self.views, *pieces, strict=True):
+            view.newest_keys[layer].copy_(newest)
+            view.newest_values[layer].copy_(value)
+            queries = queries[:, :, None].to(self.keys.dtype)
+            keys, values = view.keys[layer], view.values[layer]
+            parts.append(attention_part(queries, keys, values, scale=self.scale, mask=view.mask))
         return tuple(x.squeeze(2) for x in joined(parts))  # type: ignore[return-value]
+
+    def _views(self) -> "Iterator[View]":
+        """What this step touches. Cut once for all layers: in a small network cutting takes longer than arithmetic."""
+        start = 0
+        for count, length in runs(self.lengths):
+            rows, here = slice(start, start + count), slice(padded_keys(length + 1, self.keys.shape[-1]))
+            first = self.text_tokens - 1 - length
+            keys, values = self.keys[:, rows], self.values[:, rows]
+            yield View(
+                count,
+                keys[:, :, :, length].unbind(),
+                values[:, :, :, length].unbind(),
+                keys[:, :, :, here].unbind(),
+                values[:, :, :, here].unbind(),
+                self.mask[..., first : first + here.stop],
+            )
+            start += count
 
     def advance(self) -> None:
         """All layers have the newest token."""
         self.lengths = [length + 1 for length in self.lengths]
+
+
+@dataclass(frozen=True)
+class View:
+    """Rows of one length: where their newest token goes and what they attend to, layer by layer."""
+
+    rows: int
+    newest_keys: Sequence[Tensor]  # each [rows, h, d]
+    newest_values: Sequence[Tensor]
+    keys: Sequence[Tensor]  # each [rows, h, t, d], with padding behind
+    values: Sequence[Tensor]
+    mask: Tensor  # [1, h or 1, 1, t]
 
 
 class Memory(Slots):
@@ -163,19 +191,21 @@ class Memory(Slots):
         """
         if not any(self.lengths):
             return None
-        queries = q if self.order is None else q[self.order]
+        queries = q if self.order is None else q.index_select(0, self.order)
         parts = []
-        for call, some in zip(self.calls, queries.split([call.rows for call in self.calls]), strict=True):
+        for call, some in zip(self.calls, split(queries, [call.rows for call in self.calls]), strict=True):
             some = some.unflatten(0, (call.prompts, -1)).transpose(1, 2)  # [p, h, rows of each, d]
             if call.tokens:
-                keys, values = (x[layer, call.slots, :, : call.tokens] for x in (self.keys, self.values))
+                keys, values = call.keys[layer], call.values[layer]
                 mixed, sums = attention_part(some.to(keys.dtype), keys, values, scale=self.scale, mask=call.mask)
             else:
                 mixed = torch.zeros_like(some, dtype=self.keys.dtype)
                 sums = mixed.new_full(mixed.shape[:-1], -torch.inf)
             parts.append((mixed.transpose(1, 2).flatten(0, 1), sums.transpose(1, 2).flatten(0, 1)))
         mixed, sums = joined(parts)
-        return (mixed, sums) if self.back is None else (mixed[self.back], sums[self.back])
+        return (
+            (mixed, sums) if self.back is None else (mixed.index_select(0, self.back), sums.index_select(0, self.back))
+        )
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in ascending order of their prompts. A prompt without rows leaves."""
@@ -203,7 +233,8 @@ class Memory(Slots):
             lengths = torch.tensor(self.lengths[slots])
             padding = lengths[:, None] <= torch.arange(tokens)
             mask = torch.zeros(padding.shape, dtype=self.keys.dtype).masked_fill(padding, -torch.inf)
-            self.calls.append(Call(slots, tokens, prompts * rows, mask[:, None, None].to(device)))
+            keys, values = (store[:, slots, :, :tokens].unbind() for store in (self.keys, self.values))
+            self.calls.append(Call(prompts, tokens, prompts * rows, keys, values, mask[:, None, None].to(device)))
             slot += prompts
         self.order: Tensor | None = None  # [rows with padding]: the row that each query is of
         self.back: Tensor | None = None  # [r]: where each row's answer is
@@ -218,16 +249,14 @@ class Memory(Slots):
 
 @dataclass(frozen=True)
 class Call:
-    """Prompts that are attended to at once: their slots, padded tokens, queries in all, and the padding's mask."""
+    """Prompts that are attended to at once: how many, their padded tokens, queries in all, and what they look at."""
 
-    slots: slice
+    prompts: int
     tokens: int
     rows: int
-    mask: Tensor  # [p, 1, 1, t], 0 or -inf
-
-    @property
-    def prompts(self) -> int:
-        return self.slots.stop - self.slots.start  # type: ignore[no-any-return]
+    keys: Sequence[Tensor]  # [p, h, t, d] of each layer
+    values: Sequence[Tensor]
+    mask: Tensor  # [p, 1, 1, t], 0 or -inf for padding
 
 
 class State(Protocol):
@@ -294,6 +323,11 @@ class Decoding:
         """Raises: ValueError if a row has no room for another token."""
         if max(self.cache.lengths, default=0) >= self.cache.capacity:
             raise ValueError(f"the cache is full: it was begun with room for {self.cache.capacity} tokens")
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Pieces of so many rows."""
+    return (x,) if len(sizes) == 1 else x.split(sizes)
 
 
 def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
