@@ -7,7 +7,7 @@ batch.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
-Activation = Literal["none", "gelu", "relu", "sigmoid", "tanh"]
+Activation = Literal["none", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"]
 
 
 class Act(NamedTuple):
@@ -29,6 +29,7 @@ class Act(NamedTuple):
 ACTIVATIONS: Mapping[Activation, Act] = {
     "none": Act(lambda x: x, "none", ""),
     "gelu": Act(F.gelu, "gelu", "none"),  # the exact one, by erf
+    "gelu_tanh": Act(partial(F.gelu, approximate="tanh"), "gelu", "tanh"),
     "relu": Act(F.relu, "relu", ""),
     "sigmoid": Act(torch.sigmoid, "sigmoid", ""),
     "tanh": Act(torch.tanh, "tanh", ""),
