@@ -1,21 +1,26 @@
-"""Kernels of plm: attention on packed sequences, rotary positions, packed linear weights, norms. Imports only torch."""
+"""Kernels of plm: attention on packed sequences, rotary positions, packed weights, norms, gates. Imports only torch."""
 
 from plm_kernels.convolution import convolution, filters_available, pack_filters
 from plm_kernels.eight_bit import FEW, eight_bits, linear_8bit
+from plm_kernels.gates import GATES, Gate, gated
 from plm_kernels.global_attention import global_attention
 from plm_kernels.linear import ACTIVATIONS, Activation, linear, pack_weight, packing_available
-from plm_kernels.norms import rms_norm
+from plm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
 from plm_kernels.parts import attention_part, merge_parts, padded_keys
 from plm_kernels.reference import RelativeBias, attention_weights
-from plm_kernels.rotary import Turns, rotary_half, rotary_pairs
+from plm_kernels.rotary import Turns, rotary_half, rotary_pairs, rotate_half_, rotate_pairs_
 
 __all__ = [
     "ACTIVATIONS",
     "FEW",
+    "GATES",
     "Activation",
+    "Gate",
     "RelativeBias",
     "Turns",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_backends",
     "attention_part",
@@ -23,7 +28,9 @@ __all__ = [
     "convolution",
     "eight_bits",
     "filters_available",
+    "gated",
     "global_attention",
+    "layer_norm",
     "linear",
     "linear_8bit",
     "merge_parts",
@@ -34,5 +41,7 @@ __all__ = [
     "rms_norm",
     "rotary_half",
     "rotary_pairs",
+    "rotate_half_",
+    "rotate_pairs_",
     "runs",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 T = TypeVar("T")
 Backend = Literal["auto", "torch", "triton"]
 
-KERNELS: Mapping[str, str] = {}
+KERNELS: Mapping[str, str] = {"gate": "gates", "norm": "norms", "rotary": "rotary"}
 """What has a Triton kernel, by name, and the module of ``plm_kernels.gpu`` that holds it."""
 
 

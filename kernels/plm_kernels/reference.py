@@ -132,6 +132,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``weight * (x - mean) / sqrt(variance + eps) + bias`` over the channels of ``[n, c]``, in float32 at least."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = precise - precise.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (weight * normed + bias).to(x.dtype)
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """``act(x[:, :f]) * x[:, f:]``, in float32 at least: ``[n, 2 f] -> [n, f]``.
+
+    "gelu" is ``x`` times the normal distribution function (Hendrycks & Gimpel 2016), "gelu_tanh" their approximation
+    of it, "silu" ``x`` times the logistic function.
+    """
+    gate, linear = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    share = {
+        "gelu": 0.5 * (1 + torch.erf(gate / 2**0.5)),
+        "gelu_tanh": 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))),
+        "silu": 1 / (1 + torch.exp(-gate)),
+    }[activation]
+    return (gate * share * linear).to(x.dtype)
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, *, dilation: int = 1) -> Tensor:
     """``y[t] = bias + sum over taps j of weight[:, :, j] @ x[t + j * dilation - left]``: ``[b, t, i] -> [b, t, o]``.
 

@@ -1,6 +1,6 @@
 """Rotary position embedding with the cosines and sines computed once per batch.
 
-Letters: n packed tokens, h heads, d head size.
+Letters: n packed tokens, h heads, d head size, r rotated pairs of a head.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from plm_kernels.backends import Backend, serve
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,37 @@ def rotary_pairs(x: Tensor, turns: Turns) -> Tensor:
     even, odd = pairs.unbind(-1)
     turned = torch.stack((even * turns.cos - odd * turns.sin, odd * turns.cos + even * turns.sin), dim=-1)
     return torch.cat((turned.flatten(-2), x[..., rotated:]), dim=-1)
+
+
+def rotate_half_(qk: Tensor, turns: Turns, scale: float, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[n, h, d]`` of qk ``[n, 2, h, d]``, turned as by ``rotary_half``; queries times ``scale``.
+
+    What comes back may lie where ``qk`` lies, so the caller gives ``qk`` away: a Triton kernel, which serves CUDA
+    devices without gradients, turns it in place. It computes in float32 and rounds once.
+    """
+
+    def plain() -> tuple[Tensor, Tensor]:
+        q, k = rotary_half(qk.flatten(1, 2), turns).chunk(2, dim=1)
+        return q * scale, k
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        from plm_kernels.gpu import rotary
+
+        q, k = qk.unbind(1)
+        return rotary.rotate_(q, k, turns.cos, turns.sin, scale=scale, interleaved=False)
+
+    return serve("rotary", qk, backend, kernel, plain)
+
+
+def rotate_pairs_(q: Tensor, k: Tensor, turns: Turns, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[n, h, d]``, turned as by ``rotary_pairs``; where and how as ``rotate_half_``."""
+
+    def plain() -> tuple[Tensor, Tensor]:
+        return rotary_pairs(q, turns), rotary_pairs(k, turns)
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        from plm_kernels.gpu import rotary
+
+        return rotary.rotate_(q, k, turns.cos, turns.sin, scale=1.0, interleaved=True)
+
+    return serve("rotary", q, backend, kernel, plain)

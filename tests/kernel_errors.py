@@ -1,0 +1,36 @@
+"""How far a kernel may be from the formula, which in float64 is the truth and in its own dtype the noise floor."""
+
+import torch
+from kernel_device import DEVICE
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+
+# Triton's interpreter cuts digits off where a GPU rounds to bfloat16 (3.6 does).
+ROUNDS_BFLOAT16 = DEVICE.type == "cuda"
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    """Root mean square of the difference."""
+    return (x.double() - truth).square().mean().sqrt().item()
+
+
+def allowed(formula: Tensor, truth: Tensor) -> float:
+    """Twice the error of the formula in the same dtype.
+
+    Of fewer than a hundred numbers the largest alone may make the error, by luck none: then at least twice the largest
+    error of one rounding. In float64 the formula is its own truth, and four such roundings are allowed. Numbers that
+    are cut off have twice the error of rounded ones, wherever that happens.
+    """
+    exact = formula.dtype == torch.float64
+    rounding = torch.finfo(formula.dtype).eps / 2 * truth.square().mean().sqrt().item()
+    floor = max(error(formula, truth), rounding) if exact or truth.numel() < 100 else error(formula, truth)
+    cut = formula.dtype == torch.bfloat16 and not ROUNDS_BFLOAT16
+    return (4 if exact or cut else 2) * floor
+
+
+def steps_apart(x: Tensor, y: Tensor) -> float:
+    """The largest difference in steps of their dtype; near zero, where its steps get finer, in millionths."""
+    y = y.double()
+    return ((x.double() - y).abs() / (torch.finfo(x.dtype).eps * y.abs() + 1e-6)).max().item()
