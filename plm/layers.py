@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm_kernels import ACTIVATIONS, FEW, Activation, eight_bits, linear, linear_8bit, pack_weight
+from plm_kernels import (
+    ACTIVATIONS,
+    FEW,
+    Activation,
+    add_layer_norm,
+    eight_bits,
+    layer_norm,
+    linear,
+    linear_8bit,
+    pack_weight,
+)
 
 _unchanged: ContextVar[object | None] = ContextVar("unchanged", default=None)
 _packing: ContextVar[bool] = ContextVar("packing", default=True)
@@ -80,6 +90,18 @@ class PackedWeight:
             self.packed = pack_weight(weight.to(torch.bfloat16))
             self.made_from = (weight.data_ptr(), 0, weight.dtype)  # an inference tensor counts no versions
         return self.packed
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` of ``[n, c]`` that makes the sum before it as well, in one pass where a kernel can."""
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """The norm of ``x``, or of ``x + delta``."""
+        return layer_norm(x, self.weight, self.bias, self.eps, delta=delta)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + delta``, and its norm."""
+        return add_layer_norm(x, delta, self.weight, self.bias, self.eps)
 
 
 class Linear(nn.Linear):

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from oracle_progen2 import CASES
 from test_parity_progen2 import ROUNDED, Case
 from torch import Tensor
@@ -21,9 +20,9 @@ from torch import Tensor
 import plm
 import plm_weights.progen2 as published
 from plm.models import progen2
-from plm.models.progen2 import Attention, Block, ProGen2
+from plm.models.progen2 import Attention, Block, FeedForward, ProGen2
 from plm.packing import Packed
-from plm_kernels import Turns, rotary_half, rotary_pairs
+from plm_kernels import Turns, rotary, rotary_half, rotary_pairs
 
 Mistake = Callable[[pytest.MonkeyPatch, ProGen2], None]
 # Two heads in each shard, which a head in each would hide; and a third of each head is not turned.
@@ -114,9 +113,11 @@ def rotated(net: ProGen2) -> int:
 MISTAKES: dict[str, Mistake] = {
     "keys before values": with_order(0, 2, 1),
     "values before queries": with_order(1, 0, 2),
-    "halves turned in place of pairs": in_module("rotary_pairs", half_split),
-    "turned the other way": in_module("rotary_pairs", lambda real, x, turns: real(x, Turns(turns.cos, -turns.sin))),
-    "the last channels turned": in_module("rotary_pairs", last_channels),
+    "halves turned in place of pairs": in_module("rotary_pairs", half_split, rotary),
+    "turned the other way": in_module(
+        "rotary_pairs", lambda real, x, turns: real(x, Turns(turns.cos, -turns.sin)), rotary
+    ),
+    "the last channels turned": in_module("rotary_pairs", last_channels, rotary),
     "whole heads turned": with_turns(head_size, head_size),
     "frequencies over the head size": with_turns(rotated, head_size),
     "no scale": with_scale(lambda scale: 1.0),
@@ -124,7 +125,7 @@ MISTAKES: dict[str, Mistake] = {
     "attention, then feed-forward": in_method(Block, "forward", sequential),
     "the residual from the norm": in_method(Block, "forward", from_the_norm),
     "no causal mask": in_module("attention", lambda real, *args, **how: real(*args, **how | {"causal": False})),
-    "the exact gelu": in_module("gelu", lambda real, x, approximate: real(x), F),
+    "the exact gelu": in_method(FeedForward, "forward", lambda self, x: self.down(self.up(x, "gelu"))),
     "no last norm": in_net(lambda net: setattr(net.norm, "forward", lambda x: x)),
     "the head is the embedding": in_net(lambda net: net.lm_head.weight.copy_(net.embed.weight)),
     "no bias of the head": in_net(lambda net: net.lm_head.bias.zero_()),

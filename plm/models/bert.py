@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm.layers import Linear, PackedWeight
+from plm.layers import LayerNorm, Linear, PackedWeight
 from plm.packing import Packed
 from plm_kernels import attention, attention_weights, linear
 
@@ -104,14 +104,14 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.attention_norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.attention_norm = LayerNorm(config.channels, config.norm_eps)
         self.up = Linear(config.channels, config.feed_forward)
         self.down = Linear(config.feed_forward, config.channels)
-        self.feed_forward_norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.feed_forward_norm = LayerNorm(config.channels, config.norm_eps)
 
     def forward(self, x: Tensor, batch: Packed, maps: Maps | None) -> Tensor:
-        x = self.attention_norm(x + self.attention(x, batch, maps))
-        return self.feed_forward_norm(x + self.down(self.up(x, "gelu")))  # type: ignore[no-any-return]
+        x = self.attention_norm(x, self.attention(x, batch, maps))
+        return self.feed_forward_norm(x, self.down(self.up(x, "gelu")))  # type: ignore[no-any-return]
 
 
 class MaskedLMHead(nn.Module):
@@ -120,7 +120,7 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.dense = Linear(config.channels, config.channels)
-        self.norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.norm = LayerNorm(config.channels, config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocabulary))
         self.packed = PackedWeight()
 
@@ -140,7 +140,7 @@ class BERT(nn.Module):
         self.embed = nn.Embedding(config.vocabulary, c)
         self.positions = nn.Embedding(config.positions, c)
         self.types = nn.Embedding(config.types, c)
-        self.embed_norm = nn.LayerNorm(c, config.norm_eps)
+        self.embed_norm = LayerNorm(c, config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.lm_head = MaskedLMHead(config) if config.lm_head else None
         self.pooler = Linear(c, c) if config.pooler else None

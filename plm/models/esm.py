@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plm.layers import Linear, PackedWeight
+from plm.layers import LayerNorm, Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import Turns, attention, attention_weights, linear, rotary_half
+from plm_kernels import Turns, attention, attention_weights, linear, rotate_half_
 
 VOCABULARY = 33
 CLS, PAD, EOS, MASK = 0, 1, 2, 32
@@ -92,15 +92,16 @@ class Attention(nn.Module):
         self.out = Linear(config.channels, config.channels)
 
     def forward(self, x: Tensor, batch: Packed, turns: Turns | None, watch: "Watch | None") -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [n, 3 h, d]
-        qk, v = qkv.split((2 * self.heads, self.heads), dim=1)
-        if turns is not None:
-            qk = rotary_half(qk, turns)
-        q, k = qk.chunk(2, dim=1)
-        q = q * self.scale  # on the queries and not on their products, as in the originals: the same roundings
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=1)  # [n, 2, h, d], [n, 1, h, d]
+        # The scale is on the queries and not on their products, as in the originals: the same roundings.
+        if turns is None:
+            q, k = qk.unbind(1)
+            q = q * self.scale
+        else:
+            q, k = rotate_half_(qk, turns, self.scale)
         if watch is not None:
             watch(q, k)
-        mixed = attention(q, k, v, batch.offsets, scale=1.0, max_length=batch.max_length)
+        mixed = attention(q, k, v.squeeze(1), batch.offsets, scale=1.0, max_length=batch.max_length)
         return self.out(mixed.flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -109,15 +110,15 @@ class Block(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.attention_norm = LayerNorm(config.channels, config.norm_eps)
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.feed_forward_norm = LayerNorm(config.channels, config.norm_eps)
         self.up = Linear(config.channels, config.feed_forward)
         self.down = Linear(config.feed_forward, config.channels)
 
     def forward(self, x: Tensor, batch: Packed, turns: Turns | None, watch: "Watch | None") -> Tensor:
-        x = x + self.attention(self.attention_norm(x), batch, turns, watch)
-        return x + self.down(self.up(self.feed_forward_norm(x), "gelu"))  # type: ignore[no-any-return]
+        x, normed = self.feed_forward_norm.add(x, self.attention(self.attention_norm(x), batch, turns, watch))
+        return x + self.down(self.up(normed, "gelu"))  # type: ignore[no-any-return]
 
 
 class MaskedLMHead(nn.Module):
@@ -126,7 +127,7 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.dense = Linear(config.channels, config.channels)
-        self.norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.norm = LayerNorm(config.channels, config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(VOCABULARY))
         self.packed = PackedWeight()
 
@@ -211,9 +212,9 @@ class ESM(nn.Module):
             self.frequencies: Tensor
             self.register_buffer("frequencies", default_frequencies(config.head_size))
         if config.norm_before:
-            self.norm_before = nn.LayerNorm(c, config.norm_eps)
+            self.norm_before = LayerNorm(c, config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(c, config.norm_eps)
+        self.norm = LayerNorm(c, config.norm_eps)
         self.lm_head = MaskedLMHead(config) if config.lm_head else None
         self.contact_head = ContactHead(config) if config.contact_head else None
         self.pooler = Linear(c, c) if config.pooler else None

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plm.cache import Cache, Decoding, Memory, Room, State, steps
-from plm.layers import Linear
+from plm.layers import LayerNorm, Linear
 from plm.packing import Packed
-from plm_kernels import Turns, attention, attention_weights, rotary_pairs
+from plm_kernels import Turns, attention, attention_weights, rotate_pairs_
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys (both turned) and values ``[n, h, d]`` to what each token gathers, ``[n, h, d]``."""
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turns: Turns, attend: Attend) -> Tensor:
         q, v, k = self.qvk(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [n, h, d] each
-        mixed = attend(rotary_pairs(q, turns), rotary_pairs(k, turns), v)
+        mixed = attend(*rotate_pairs_(q, k, turns), v)
         return self.out(mixed.flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -98,7 +98,7 @@ class FeedForward(nn.Module):
         self.down = Linear(config.feed_forward, config.channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.down(self.up(x, "gelu_tanh"))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.norm = LayerNorm(config.channels, config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
 
@@ -123,7 +123,7 @@ class ProGen2(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocabulary, config.channels)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.channels, config.norm_eps)
+        self.norm = LayerNorm(config.channels, config.norm_eps)
         self.lm_head = Linear(config.channels, config.outputs)
 
     def __iter__(self) -> Iterator[Block]:

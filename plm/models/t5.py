@@ -9,7 +9,7 @@ Letters: n packed tokens (m of the encoder), b sequences, h heads, d head size, 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Literal, TypeVar
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from plm.cache import Cache, Decoding, Memory, Room, steps
 from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import RelativeBias, attention, attention_weights, linear, rms_norm
+from plm_kernels import Gate, RelativeBias, add_rms_norm, attention, attention_weights, gated, linear, rms_norm
 
 PAD, EOS, START = 0, 1, 0  # the decoder begins with padding
 Activation = Literal["relu", "gated-gelu", "gated-silu"]
+GATES: Mapping[Activation, Gate] = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
 Maps = list[list[Tensor]]  # attention maps [h, t, t] by layer and sequence
 
 
@@ -85,6 +86,10 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + delta``, and its norm."""
+        return add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class PositionBias(nn.Module):
@@ -163,12 +168,9 @@ class FeedForward(nn.Module):
         self.down = Linear(config.feed_forward, config.channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
         if self.activation == "relu":
-            return self.down(F.relu(x))  # type: ignore[no-any-return]
-        gate, x = x.chunk(2, dim=-1)
-        gate = F.silu(gate) if self.activation == "gated-silu" else F.gelu(gate, approximate="tanh")
-        return self.down(gate * x)  # type: ignore[no-any-return]
+            return self.down(self.up(x, "relu"))  # type: ignore[no-any-return]
+        return self.down(gated(self.up(x), GATES[self.activation]))  # type: ignore[no-any-return]
 
 
 class EncoderBlock(nn.Module):
@@ -180,8 +182,8 @@ class EncoderBlock(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), attend)
-        return x + self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
+        x, normed = self.feed_forward_norm.add(x, self.attention(self.attention_norm(x), attend))
+        return x + self.feed_forward(normed)  # type: ignore[no-any-return]
 
 
 class DecoderBlock(nn.Module):
@@ -197,9 +199,9 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], look: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), attend)
-        x = x + self.cross(self.cross_norm(x), look)
-        return x + self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
+        x, normed = self.cross_norm.add(x, self.attention(self.attention_norm(x), attend))
+        x, normed = self.feed_forward_norm.add(x, self.cross(normed, look))
+        return x + self.feed_forward(normed)  # type: ignore[no-any-return]
 
 
 Block = TypeVar("Block", EncoderBlock, DecoderBlock)
