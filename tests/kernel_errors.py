@@ -1,5 +1,8 @@
 """How far a kernel may be from the formula, which in float64 is the truth and in its own dtype the noise floor."""
 
+from typing import Any
+
+import pytest
 import torch
 from kernel_device import DEVICE
 from torch import Tensor
@@ -34,3 +37,22 @@ def steps_apart(x: Tensor, y: Tensor) -> float:
     """The largest difference in steps of their dtype; near zero, where its steps get finer, in millionths."""
     y = y.double()
     return ((x.double() - y).abs() / (torch.finfo(x.dtype).eps * y.abs() + 1e-6)).max().item()
+
+
+class Fences:
+    """Whatever ``torch.empty`` gives lies between numbers that nobody may touch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[Tensor] = []
+        self.empty = torch.empty
+        monkeypatch.setattr(torch, "empty", self)
+
+    def __call__(self, rows: int, columns: int, **how: Any) -> Tensor:
+        wide = self.empty(rows + 64, columns, **how).fill_(7)
+        self.made.append(wide)
+        return wide[32:-32].fill_(9)
+
+    def stand(self) -> bool:
+        """Whether something was made, every number of it was written, and none around it."""
+        around = all(bool((x[:32] == 7).all() and (x[-32:] == 7).all()) for x in self.made)
+        return bool(self.made) and around and not any(bool((x[32:-32] == 9).all(0).any()) for x in self.made)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from kernel_device import DEVICE
-from kernel_errors import DTYPES, HALVES, ROUNDS_BFLOAT16, allowed, error, steps_apart
+from kernel_errors import DTYPES, HALVES, ROUNDS_BFLOAT16, Fences, allowed, error, steps_apart
 from torch import Tensor
 
 from plm_kernels import GATES, Gate, gated, reference
@@ -82,6 +82,14 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch() -> None:
     for row in (0, 5, 8):
         assert torch.equal(gated(x[row : row + 1].clone(), "gelu_tanh", backend="triton")[0], whole[row])
     assert torch.equal(gated(x.T.contiguous().T, "gelu_tanh", backend="triton"), whole)
+
+
+@pytest.mark.parametrize("shape", [(1, 3840), (5, 7), (3, 1025)], ids=str)
+def test_nothing_is_written_beyond_the_result(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(*shape, torch.float32)
+    fences = Fences(monkeypatch)
+    gated(x, "silu", backend="triton")
+    assert fences.stand()
 
 
 def test_the_activations_are_told_apart() -> None:

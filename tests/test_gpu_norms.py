@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_device import DEVICE
-from kernel_errors import DTYPES, HALVES, ROUNDS_BFLOAT16, allowed, error, steps_apart
+from kernel_errors import DTYPES, HALVES, ROUNDS_BFLOAT16, Fences, allowed, error, steps_apart
 from torch import Tensor
 
 from plm_kernels import add_layer_norm, add_rms_norm, layer_norm, reference, rms_norm
@@ -96,6 +96,15 @@ def test_rows_in_any_layout() -> None:
     assert torch.equal(rms_norm(one, weight, EPS, backend="triton")[4], rms_norm(x, weight, EPS, backend="triton")[0])
     widened = layer_norm(x, weight.double(), bias.double(), EPS, backend="triton")
     torch.testing.assert_close(widened, layer_norm(x, weight, bias, EPS, backend="triton"))
+
+
+@pytest.mark.parametrize("shape", [(1, 320), (5, 480), (9, 7)], ids=str)
+def test_nothing_is_written_beyond_the_results(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, delta, weight, bias = inputs(*shape, torch.float32)
+    fences = Fences(monkeypatch)
+    add_layer_norm(x, delta, weight, bias, EPS, backend="triton")
+    assert len(fences.made) == 2
+    assert fences.stand()
 
 
 def test_a_wrong_norm_is_told_from_a_right_one() -> None:

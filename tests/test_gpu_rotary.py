@@ -100,6 +100,21 @@ def test_channels_that_do_not_lie_side_by_side_are_copied() -> None:
     assert torch.equal(scattered, given)
 
 
+@pytest.mark.parametrize("size", [(7, 20, 24, 12), (3, 2, 96, 24), (1, 3, 64, 16)], ids=str)
+def test_nothing_is_written_beyond_the_tokens(size: tuple[int, int, int, int]) -> None:
+    """Behind the last token of the queries, of whole heads and of parts, and in the values between."""
+    qvk, turns, _ = inputs(size[0] + 64, *size[1:], torch.float32)
+    given, tokens = qvk.clone(), slice(32, 32 + size[0])
+    own = Turns(turns.cos[tokens], turns.sin[tokens])
+    rotate_pairs_(qvk[tokens, 0], qvk[tokens, 2], own, backend="triton")
+    changed = (qvk != given).any(1, keepdim=True).any(2, keepdim=True)
+    assert changed[tokens, ..., : 2 * size[3]].all()
+    assert not changed[:32].any()
+    assert not changed[tokens.stop :].any()
+    assert torch.equal(qvk[:, 1], given[:, 1])
+    assert torch.equal(qvk[..., 2 * size[3] :], given[..., 2 * size[3] :])
+
+
 def test_a_wrong_turn_is_told_from_a_right_one() -> None:
     """Each fault is larger than what the comparison allows."""
     qkv, turns, angles = inputs(63, 3, 32, 16, torch.float32)

@@ -14,7 +14,7 @@ def gated(x: Tensor, activation: str) -> Tensor:
     """``act(x[:, :f]) * x[:, f:]``: ``[n, 2 f] -> [n, f]``."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     count, width = len(x), x.shape[1] // 2
-    y = x.new_empty(count, width)
+    y = torch.empty(count, width, dtype=x.dtype, device=x.device)
     if y.numel():
         with torch.cuda.device_of(x):
             gated_kernel[(count, triton.cdiv(width, COLUMNS_AT_ONCE))](

@@ -27,8 +27,8 @@ def norm(
     x = x if x.stride(-1) == 1 else x.contiguous()
     delta = delta if delta is None or delta.stride(-1) == 1 else delta.contiguous()
     count, channels = x.shape
-    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = torch.empty_like(normed) if keep_sum else None
+    normed = torch.empty(count, channels, dtype=x.dtype, device=x.device)
+    total = torch.empty(count, channels, dtype=x.dtype, device=x.device) if keep_sum else None
     columns = triton.next_power_of_2(channels)
     rows_at_once = max(VALUES_AT_ONCE // columns, 1)  # by the width alone: a row's bits must not depend on the batch
     if count:
