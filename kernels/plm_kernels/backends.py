@@ -16,7 +16,13 @@ from torch import Tensor
 T = TypeVar("T")
 Backend = Literal["auto", "torch", "triton"]
 
-KERNELS: Mapping[str, str] = {"gate": "gates", "norm": "norms", "rotary": "rotary"}
+KERNELS: Mapping[str, str] = {
+    "gate": "gates",
+    "norm": "norms",
+    "rotary": "rotary",
+    "attention": "attention",
+    "attention backward": "attention_backward",
+}
 """What has a Triton kernel, by name, and the module of ``plm_kernels.gpu`` that holds it."""
 
 

@@ -4,8 +4,8 @@ Letters: n packed tokens, b sequences, t tokens, h heads, d head size.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from inspect import signature
 from itertools import groupby
 from typing import TypeVar
@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plm_kernels import reference
+from plm_kernels import backends, reference
 from plm_kernels.reference import RelativeBias
 
 T = TypeVar("T")
+LARGEST_HEAD = 256
+Rescue = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ def attention(
         max_length: length of the longest sequence, known on the host so that no device is asked for it.
         key_offsets, max_key_length: the same of another packed batch, to whose sequences those of q attend one by one
             (an encoder's, say). Neither causal nor with a bias: positions of two batches have no common zero.
-        backend: "auto", or one of ``attention_backends()``.
+        backend: "auto" (see ``attention_choice``), or one of ``attention_backends()``.
 
     Raises:
-        ValueError: shapes that do not fit each other, or an unknown backend.
+        ValueError: shapes that do not fit each other, an unknown backend, or one that cannot take these tensors.
     """
     shapes = f"got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
     if k.shape != v.shape or q.dim() != 3 or q.shape[1:] != k.shape[1:]:
@@ -74,11 +77,13 @@ def attention(
     if len(offsets) != len(key_offsets):
         raise ValueError(f"{len(offsets) - 1} sequences of q and {len(key_offsets) - 1} of k and v; one each is needed")
     assert max_key_length is not None
+    how = How(offsets, key_offsets, scale, causal, bias, max_length, max_key_length)
     if backend == "auto":
         backend = choose_backend(q, bias)
+        if backend == "triton":
+            return _triton_or_dense(q, k, v, how)
     if backend not in _BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose 'auto' or one of {attention_backends()}")
-    how = How(offsets, key_offsets, scale, causal, bias, max_length, max_key_length)
     return _BACKENDS[backend](q, k, v, how)
 
 
@@ -87,13 +92,30 @@ def attention_backends() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def choose_backend(q: Tensor, bias: RelativeBias | None) -> str:
-    """What ``backend="auto"`` means for these queries: segments on a CPU, varlen where it can, else dense."""
-    if q.device.type == "cpu":
+def choose_backend(q: Tensor, bias: RelativeBias | None, batch_invariant: bool = False) -> str:
+    """What ``backend="auto"`` means for these queries: ``attention_choice``."""
+    return attention_choice(q.device.type, q.dtype, q.shape[-1], bias=bias is not None, batch_invariant=batch_invariant)
+
+
+def attention_choice(
+    device: str, dtype: torch.dtype, head_size: int, *, bias: bool, batch_invariant: bool = False
+) -> str:
+    """What ``backend="auto"`` means in this process for heads of this size and type, with a bias and without.
+
+    On a CPU segments. On CUDA without a bias varlen, torch's own FlashAttention; with one, or where torch has none, the
+    Triton kernel; else, and in float64, dense. With ``batch_invariant`` Triton goes before varlen, which may divide a
+    long sequence's keys by how busy the GPU is: the bits of the Triton kernel follow from the sequence alone.
+    """
+    if device == "cpu":
         return "segments"
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    fits = bias is None and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return "varlen" if q.device.type == "cuda" and fits and varlen_available() else "dense"
+    if device != "cuda" or head_size > LARGEST_HEAD:
+        return "dense"
+    varlen = not bias and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and varlen_available()
+    broken = "attention" in backends.broken() or (torch.is_grad_enabled() and "attention backward" in backends.broken())
+    triton = dtype in TRITON_TYPES and backends.triton_available() and not broken
+    if varlen and not (batch_invariant and triton):
+        return "varlen"
+    return "triton" if triton else "dense"
 
 
 @cache
@@ -161,6 +183,36 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     return mixed
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, how: How, rescue: Rescue | None = None) -> Tensor:
+    """The kernel with the table inside: nothing of ``t x t`` numbers, batch-invariant, gradients of all inputs."""
+    table = None if how.bias is None else how.bias.table
+    if q.dtype not in TRITON_TYPES or q.shape[-1] > LARGEST_HEAD or not (q.is_cuda or backends.interpreted()):
+        raise ValueError(
+            f"the triton backend takes float32, bfloat16 and float16 on CUDA, in heads of up to {LARGEST_HEAD}; got "
+            f"{q.dtype} on {q.device} in heads of {q.shape[-1]}. Use backend='auto' or 'dense'"
+        )
+    from plm_kernels.gpu import attention as gpu
+
+    bounds = {"offsets": how.offsets, "key_offsets": how.key_offsets}
+    return gpu.attention(q, k, v, table=table, scale=how.scale, causal=how.causal, **bounds, rescue=rescue)
+
+
+def _triton_or_dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    """The Triton kernel; where it or its backward pass fails, a warning, and the dense backend from then on."""
+
+    def rescue(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
+        return _dense(q, k, v, replace(how, bias=None if table is None else RelativeBias(table)))
+
+    # Wrong arguments are no fault of the kernel, and must not look like one.
+    tensors = (q, k, v, how.offsets, how.key_offsets, *([how.bias.table] if how.bias else []))
+    if len(places := {x.device for x in tensors}) > 1 or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            "q, k and v must share a type, and a device with the offsets and the bias; "
+            f"got {q.dtype}, {k.dtype}, {v.dtype} on {', '.join(map(str, places))}"
+        )
+    return backends.attempt("attention", partial(_triton, q, k, v, how, rescue), partial(_dense, q, k, v, how))
+
+
 def _dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     """Pad to ``[b, h, t, d]``, attend under a mask, and take the tokens back out: works everywhere."""
     queries, real = _padded(q, how.offsets, how.max_length)
@@ -197,6 +249,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, How], Tensor]] = {
     "segments": _segments,
     "varlen": _varlen,
+    "triton": _triton,
     "dense": _dense,
     "reference": _reference,
 }
