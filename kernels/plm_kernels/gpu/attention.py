@@ -21,9 +21,9 @@ from plm_kernels.gpu.attention_backward import gradients
 from plm_kernels.gpu.attention_tiles import (
     LOG2E,
     Tiles,
-    biased,
     extent,
     launch,
+    logits_of,
     padded,
     place,
     plain_tiles,
@@ -37,15 +37,19 @@ Rescue = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of q, k, v and a table by other means, with its own gradients."""
 
 
-def tiles(head_size: int, dtype: torch.dtype) -> Tiles:
-    """Sizes that fit into the registers and the shared memory of an SM, by head size and type, never by batch.
+def tiles(head_size: int, dtype: torch.dtype, bias: bool) -> Tiles:
+    """Sizes for which nothing spills from registers on an H200, by what is computed and never by the batch.
 
-    In 32 bits products run on the ordinary units, with both factors in registers, so tiles are small.
+    Up to 64 channels two programs fit on an SM, where one waits for memory while the other computes; with a bias, whose
+    addresses take registers, that needs fewer columns. In 32 bits products run on the ordinary units, without tiles
+    that are fetched ahead.
     """
     width = padded(head_size)
     if dtype == torch.float32:
-        return Tiles(64, 32, 4, 2) if width <= 64 else Tiles(32, 32, 4, 2) if width <= 128 else Tiles(16, 32, 4, 2)
-    return Tiles(128, 64, 4, 3) if width <= 64 else Tiles(128, 64, 8, 3) if width <= 128 else Tiles(128, 32, 8, 2)
+        return Tiles(32, 32, 8, 1) if width <= 64 else Tiles(16, 16, 8, 1)
+    if width > 128:
+        return Tiles(64, 32, 8, 2)
+    return Tiles(128, 32 if bias else 64, 8, 3 if width <= 64 else 2)
 
 
 @triton.jit
@@ -128,9 +132,8 @@ def attend(
         at = tl.where(i < beyond, i, i + after) * COLUMNS
         k_tile = tile_of(k, key_start, at, keys, k_step * UNIT, COLUMNS, HEAD, PADDED)
         v_tile = tile_of(v, key_start, at, keys, v_step * UNIT, COLUMNS, HEAD, PADDED)
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         distance = (at + column)[None, :] - row[:, None]
-        logits = biased(products, table, distance, reach, scale)
+        logits = logits_of(q_tile, k_tile, table, distance, reach, scale)
         seen = (at + column < keys)[None, :]
         if CAUSAL:
             seen = seen & (distance <= 0)
@@ -160,7 +163,7 @@ def forward(
     n, heads, head_size = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     sums = torch.empty(heads, n, device=q.device, dtype=torch.float32) if keep_sums else None
-    size, step = tiles(head_size, q.dtype), unit(q, k, v, out)
+    size, step = tiles(head_size, q.dtype, table is not None), unit(q, k, v, out)
     programs = (n // size.rows + len(offsets) - 1, heads)
     strides = (stride // step for x in (q, k, v, out) for stride in x.stride()[:2])
     if n > 0:
@@ -224,8 +227,8 @@ def attention(
     Strided q, k, v are read as they lie. Sequences without tokens, and without keys (what they mix is zero), are fine.
     ``rescue`` takes the backward pass over, with a warning, if its kernels do not work here.
     """
-    if scale < 0:  # the running maximum of scaled logits is taken before they are scaled
-        q, scale = -q, -scale
+    if scale <= 0:  # the kernels divide by the scale, and take the maximum of what is not scaled yet
+        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     table = None if table is None else table.float().contiguous()
     inputs = (q, k, v, table)

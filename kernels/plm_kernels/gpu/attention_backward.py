@@ -6,7 +6,7 @@ With p the weights and g the gradient of the output (Dao et al. 2022, appendix B
     dq = scale * ds k       dk = scale * ds^T q       dtable[D + clamp(key - query)] += ds
 
 Nothing is added by atomics: each sum has one order, so gradients are repeatable to the last bit, and those of q, k and
-v are the same alone and in any batch. Letters: n packed tokens, m packed keys, h heads, d head size, D reach of the bias.
+v are the same alone and in any batch. Letters: n packed tokens, h heads, d head size, D reach of the bias.
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ from torch import Tensor
 from plm_kernels.gpu.attention_tiles import (
     LOG2E,
     Tiles,
-    biased,
     extent,
     launch,
+    logits_of,
     padded,
     place,
     plain_tiles,
@@ -36,8 +36,9 @@ from plm_kernels.gpu.attention_tiles import (
 def tiles(head_size: int, dtype: torch.dtype) -> Tiles:
     """Sizes by head size and type, as in the forward pass; square, so that diagonals go on from tile to tile."""
     width = padded(head_size)
-    side = (32 if width <= 128 else 16) if dtype == torch.float32 else (64 if width <= 128 else 32)
-    return Tiles(side, side, 4 if width <= 64 else 8, 2)
+    if dtype == torch.float32:
+        return Tiles(32, 32, 8, 1) if width <= 64 else Tiles(16, 16, 8, 1)
+    return Tiles(64, 64, 4, 2) if width <= 64 else Tiles(64, 64, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
 
 
 @triton.jit
@@ -141,9 +142,8 @@ def by_queries(
         at = i * SIDE
         k_tile = tile_of(k, key_start, at, keys, k_step * UNIT, SIDE, HEAD, PADDED)
         v_tile = tile_of(v, key_start, at, keys, v_step * UNIT, SIDE, HEAD, PADDED)
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         distance = (at + column)[None, :] - row[:, None]
-        weights = tl.exp2(biased(products, table, distance, reach, scale) * LOG2E - level[:, None])
+        weights = tl.exp2(logits_of(q_tile, k_tile, table, distance, reach, scale) * LOG2E - level[:, None])
         seen = (at + column < keys)[None, :]
         if CAUSAL:
             seen = seen & (distance <= 0)
@@ -243,9 +243,8 @@ def by_keys(
         at_query = head * tokens + start + at + column
         level = tl.load(sums + at_query, mask=at + column < length, other=float("inf"))
         delta = tl.load(deltas + at_query, mask=at + column < length, other=0.0)
-        products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
         distance = row[:, None] - (at + column)[None, :]
-        weights = tl.exp2(biased(products, table, distance, reach, scale) * LOG2E - level[None, :])
+        weights = tl.exp2(logits_of(k_tile, q_tile, table, distance, reach, scale) * LOG2E - level[None, :])
         if CAUSAL:
             weights = tl.where(distance <= 0, weights, 0.0)
         moved_v = tl.dot(weights.to(g_tile.dtype), g_tile, moved_v, input_precision="ieee")

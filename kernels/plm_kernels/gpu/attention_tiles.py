@@ -85,12 +85,16 @@ def put_tile(x, tile, start, first, length, step, SIZE: tl.constexpr, HEAD: tl.c
 
 
 @triton.jit
-def biased(products, table, distance, reach, scale):
-    """Logits: scaled products, and the bias at distances ``key - query`` from one head's table ``[2 D + 1]``."""
-    logits = products * scale
+def logits_of(x, y, table, distance, reach, scale):
+    """``scale * x y^T``, and the bias at distances ``key - query`` from one head's table ``[2 D + 1]``.
+
+    The bias, divided by the scale, is what the products are added to. Added afterwards it would take as many registers
+    as they do, or be brought into shared memory ahead of time, as much again as all keys and values there.
+    """
+    bias = tl.zeros(distance.shape, tl.float32)
     if table is not None:
-        logits += tl.load(table + tl.minimum(tl.maximum(distance, -reach), reach) + reach)
-    return logits
+        bias = tl.load(table + tl.minimum(tl.maximum(distance, -reach), reach) + reach) * (1.0 / scale)
+    return scale * tl.dot(x, tl.trans(y), bias, input_precision="ieee")
 
 
 def padded(head_size: int) -> int:
