@@ -67,7 +67,7 @@ def test_pairs_equal_the_formula(size: tuple[int, int, int, int], dtype: torch.d
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_against_pytorch_in_half_precision(dtype: torch.dtype) -> None:
-    """PyTorch rounds a product before it is added to the other, the kernel the sum alone."""
+    """PyTorch rounds each product before the sum (not so pairs on a CPU), the kernel the sum alone."""
     qkv, turns, _ = inputs(63, 3, 32, 16, dtype)
     pairs = [rotate_half_(qkv[:, :2].clone(), turns, 0.25, backend=backend) for backend in ("triton", "torch")]
     pairs += [
@@ -77,7 +77,7 @@ def test_against_pytorch_in_half_precision(dtype: torch.dtype) -> None:
         for ours, plain in zip(first, second, strict=True):
             # Terms are up to 4: each rounding is half of one step of such numbers at most, and one that cuts a whole.
             gap, step = (ours.double() - plain.double()).abs().max().item(), 4 * torch.finfo(dtype).eps
-            assert 0 < gap <= (2 if dtype == torch.float16 or ROUNDS_BFLOAT16 else 3) * step
+            assert gap <= (2 if dtype == torch.float16 or ROUNDS_BFLOAT16 else 3) * step
 
 
 def test_a_token_has_the_same_bits_alone_and_in_a_batch() -> None:

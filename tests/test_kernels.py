@@ -335,6 +335,17 @@ def test_rotary_pairs_equals_the_formula(rotated: int) -> None:
     assert torch.equal(ours[..., rotated:], x[..., rotated:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rotary_pairs_as_complex_numbers_lose_no_digits(dtype: torch.dtype) -> None:
+    x = torch.randn(63, 3, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    turns = Turns.at(torch.arange(63), 1 / 10000 ** (torch.arange(0, 24, 2) / 24), dtype)
+    plain = rotary_pairs(x, turns)
+    with torch.no_grad():
+        ours = rotary_pairs(x, turns)
+    truth = rotary_pairs(x.double(), Turns(turns.cos.double(), turns.sin.double()))
+    assert 0 < (ours - truth).norm() < (plain - truth).norm()
+
+
 def test_rotary_makes_products_depend_on_distance_alone() -> None:
     """The property that both forms exist for: <R(i) q, R(j) k> is a function of i - j."""
     q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
