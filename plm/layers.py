@@ -49,32 +49,34 @@ def unpacked() -> Iterator[None]:
 
 
 class PackedWeight:
-    """A weight in the CPU's preferred layout, made at the first prediction and again whenever the weight changes."""
+    """A weight in a device's preferred layout, made at the first prediction and again whenever the weight changes."""
 
-    def __init__(self, pack: Callable[[Tensor], Tensor | None] = pack_weight) -> None:
-        self.pack = pack
+    def __init__(self, pack: Callable[[Tensor], Tensor | None] = pack_weight, device: str = "cpu") -> None:
+        self.pack, self.device = pack, device
         self.seen_in: object | None = None
         self.packed: Tensor | None = None
         self.made_from: tuple[int, int, torch.dtype] | None = None
         self.sample = torch.empty(0)
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Callable[[Tensor], Tensor | None]]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Callable[[Tensor], Tensor | None], str]]:
         """Copies and pickles start empty: oneDNN's layout cannot be copied."""
-        return type(self), (self.pack,)
+        return type(self), (self.pack, self.device)
 
     def of(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The packed form of ``weight``, if ``x`` can use it: on a CPU, without gradients, in a dtype oneDNN packs."""
+        """The packed form of ``weight``, if ``x`` can use it: where it is for, without gradients, in its dtype."""
         if torch.is_grad_enabled():
             self.made_from = None  # whoever trains changes the weight, and not always so that it shows below
             return None
-        if torch.is_autocast_enabled("cpu") or not _packing.get():
+        if torch.is_autocast_enabled(self.device) or not _packing.get():
             return None
-        if x.device.type != "cpu" or x.dtype != weight.dtype or weight.is_inference():
+        if x.device.type != self.device or x.dtype != weight.dtype or weight.is_inference():
             return None
         if (scope := _unchanged.get()) is not None and scope is self.seen_in:
             return self.packed
         self.seen_in = scope
         state = (weight.data_ptr(), weight._version, weight.dtype)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # numbers cannot be looked at while a graph is made
+            return self.packed if self.made_from == state else None
         # Fused optimizers and edits of ``weight.data`` do not count versions; they change a sample of the numbers. Its
         # odd step comes by all columns and taps.
         sample = weight.detach().flatten()[:: weight.numel() // 64 | 1]

@@ -1,13 +1,14 @@
 """Which implementation serves a call, and what happens where a kernel does not work."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from plm_kernels import backends
-from plm_kernels.backends import KernelWarning, attempt, picks, serve
+from plm_kernels.backends import KernelWarning, attempt, picks, prefer, serve
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,45 @@ def test_cuda_is_served_by_triton_until_it_fails(monkeypatch: pytest.MonkeyPatch
 def test_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "triton_available", lambda: True)
     assert serve("rotary", OnCuda(), "auto", kernel, plain) == "torch"  # type: ignore[arg-type]
+
+
+def test_auto_is_what_is_preferred() -> None:
+    x = torch.zeros(1)
+    with torch.inference_mode(), prefer("triton"):
+        assert serve("rotary", x, "auto", kernel, plain) == "triton"
+        assert serve("rotary", x, "torch", kernel, plain) == "torch"
+        with pytest.raises(RuntimeError, match="no ptxas"):
+            serve("rotary", x, "auto", failing, plain)
+        with prefer("torch"):
+            assert serve("rotary", x, "auto", kernel, plain) == "torch"
+            assert serve("rotary", x, "triton", kernel, plain) == "triton"
+        with prefer("auto"):
+            assert serve("rotary", x, "auto", kernel, plain) == "torch"
+        assert serve("rotary", x, "auto", kernel, plain) == "triton"
+    with prefer("triton"):
+        assert serve("rotary", x, "auto", kernel, plain) == "torch", "gradients"
+    with torch.inference_mode():
+        assert serve("rotary", x, "auto", kernel, plain) == "torch"
+    with pytest.raises(ValueError, match="'cuda' is unknown"), prefer("cuda"):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_preference_ends_with_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no ptxas"), torch.inference_mode(), prefer("triton"):
+        failing()
+    with torch.inference_mode():
+        assert serve("rotary", torch.zeros(1), "auto", kernel, plain) == "torch"
+
+
+@torch.inference_mode()
+def test_cuda_may_prefer_torch() -> None:
+    with prefer("torch"):
+        assert serve("rotary", OnCuda(), "auto", kernel, plain) == "torch"  # type: ignore[arg-type]
+
+
+def test_every_kernel_has_its_module() -> None:
+    folder = Path(backends.__file__).parent / "gpu"
+    assert all((folder / f"{module}.py").is_file() for module in backends.KERNELS.values())
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_kernel() -> None:

@@ -62,11 +62,11 @@ def tanh_gelu(real: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tens
     return F.gelu(real(x, weight, bias, **how), approximate="tanh")
 
 
-def without_value_gelu(self: GlobalAttention, y: Tensor, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def without_value_gelu(self: GlobalAttention, y: Tensor, x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return mixed_with(self, y, x, self.value(x))
 
 
-def without_tanh(self: GlobalAttention, y: Tensor, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def without_tanh(self: GlobalAttention, y: Tensor, x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return mixed_with(self, y, x, self.value(x, "gelu"), "none")
 
 
@@ -84,11 +84,11 @@ def changed_block(
     """A block whose attention sees other local states, whose dense layer reads another global vector, or whose wide
     convolution reads another input."""
 
-    def forward(self: Block, x: Tensor, y: Tensor, keep: Tensor | None, global_: bool) -> States:
+    def forward(self: Block, x: Tensor, y: Tensor, keep: Tensor | None, global_: bool, attentions: bool) -> States:
         narrow = self.narrow(x)
         mid = self.local_norm1(x + self.to_local(y, "gelu")[:, None] + narrow + self.wide(wide(x, narrow)))
         local = self.local_norm2(mid + self.local_dense(mid, "gelu"))
-        mixed, maps = self.attention(y, seen(x, local), keep)
+        mixed, maps = self.attention(y, seen(x, local), keep, attentions)
         dense = self.global_dense1(known(y, y + mixed), "gelu")
         global_mid = self.global_norm1(y + dense + mixed)
         after = self.global_norm2(global_mid + self.global_dense2(global_mid, "gelu"))
@@ -97,15 +97,15 @@ def changed_block(
     return forward
 
 
-def after_the_global_track(self: Block, x: Tensor, y: Tensor, keep: Tensor | None, global_: bool) -> States:
+def after_the_global_track(self: Block, x: Tensor, y: Tensor, *rest: Any) -> States:
     """The local track reads the global vector of its own block, which it should have from the block before."""
-    _, local, global_mid, after, maps = BLOCK_FORWARD(self, x, y, keep, global_)
-    mid, local, _, _, _ = BLOCK_FORWARD(self, x, after, keep, global_)
+    _, local, global_mid, after, maps = BLOCK_FORWARD(self, x, y, *rest)
+    mid, local, _, _, _ = BLOCK_FORWARD(self, x, after, *rest)
     return States(mid, local, global_mid, after, maps)
 
 
-def masked(self: GlobalAttention, y: Tensor, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ATTENTION(self, y, x, CASES[WHERE].tokens != PAD)
+def masked(self: GlobalAttention, y: Tensor, x: Tensor, keep: object, attentions: bool) -> tuple[Tensor, Tensor | None]:
+    return ATTENTION(self, y, x, CASES[WHERE].tokens != PAD, attentions)
 
 
 BLOCK_FORWARD, ATTENTION = Block.forward, GlobalAttention.forward
@@ -158,7 +158,7 @@ def test_the_changed_block_is_right_where_nothing_is_changed(case: Case, monkeyp
     monkeypatch.setattr(Block, "forward", changed_block())
     assert case.error_of(case.net()) < FLOAT64
     monkeypatch.setattr(
-        GlobalAttention, "forward", lambda self, y, x, keep: mixed_with(self, y, x, self.value(x, "gelu"))
+        GlobalAttention, "forward", lambda self, y, x, *rest: mixed_with(self, y, x, self.value(x, "gelu"))
     )
     assert case.error_of(case.net()) < FLOAT64
 

@@ -1,6 +1,14 @@
 """Kernels of plm: attention on packed sequences, rotary positions, packed weights, norms, gates. Imports only torch."""
 
-from plm_kernels.convolution import convolution, filters_available, pack_filters
+from plm_kernels.backends import Backend, prefer
+from plm_kernels.convolution import (
+    LocalBlock,
+    convolution,
+    filters_available,
+    local_block,
+    pack_filters,
+    taps_first,
+)
 from plm_kernels.eight_bit import FEW, eight_bits, linear_8bit
 from plm_kernels.gates import GATES, Gate, gated
 from plm_kernels.global_attention import global_attention
@@ -16,7 +24,9 @@ __all__ = [
     "FEW",
     "GATES",
     "Activation",
+    "Backend",
     "Gate",
+    "LocalBlock",
     "RelativeBias",
     "Turns",
     "add_layer_norm",
@@ -33,15 +43,18 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_8bit",
+    "local_block",
     "merge_parts",
     "pack_filters",
     "pack_weight",
     "packing_available",
     "padded_keys",
+    "prefer",
     "rms_norm",
     "rotary_half",
     "rotary_pairs",
     "rotate_half_",
     "rotate_pairs_",
     "runs",
+    "taps_first",
 ]

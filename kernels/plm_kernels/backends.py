@@ -5,10 +5,12 @@ A kernel that cannot be compiled or launched here costs one warning; from then o
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ KERNELS: Mapping[str, str] = {
     "rotary": "rotary",
     "attention": "attention",
     "attention backward": "attention_backward",
+    "global_attention": "global_attention",
+    "local_block": "convolution",
 }
 """What has a Triton kernel, by name, and the module of ``plm_kernels.gpu`` that holds it."""
 
@@ -31,6 +35,29 @@ class KernelWarning(UserWarning):
 
 
 _broken: dict[str, str] = {}
+_preferred: ContextVar[Backend] = ContextVar("preferred", default="auto")
+
+
+@contextmanager
+def prefer(backend: Backend) -> Iterator[None]:
+    """A scope in which "auto" means this backend, so that a whole network can be run on one of them.
+
+    With "triton" a kernel runs on tensors of any device (on a CPU Triton must interpret) and may fail; what has
+    gradients or does not fit a kernel is PyTorch's as ever.
+
+    Raises: ValueError for an unknown backend.
+    """
+    token = _preferred.set(_known(backend))
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+def _known(backend: Backend) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is unknown; choose 'auto', 'torch' or 'triton'")
+    return backend
 
 
 @cache
@@ -53,16 +80,17 @@ def serve(name: str, x: Tensor, backend: Backend, kernel: Callable[[], T], plain
     """The result of ``kernel`` (Triton) or of ``plain`` (PyTorch), whichever ``backend`` asks for.
 
     "auto" is Triton for tensors on a CUDA device without gradients, where Triton is installed and this kernel has not
-    failed before; what it must not do, because its inputs do not fit it, is decided before.
+    failed before, or what ``prefer`` says; what it must not do, because its inputs do not fit it, is decided before.
 
     Raises: ValueError for an unknown backend; whatever the kernel raises, if "triton" was asked for by name.
     """
-    if backend == "torch":
+    wanted = _known(backend)
+    if wanted == "auto":
+        wanted = "torch" if _preferred.get() == "triton" and torch.is_grad_enabled() else _preferred.get()
+    if wanted == "torch":
         return plain()
-    if backend == "triton":
+    if wanted == "triton":
         return kernel()
-    if backend != "auto":
-        raise ValueError(f"backend {backend!r} is unknown; choose 'auto', 'torch' or 'triton'")
     if not x.is_cuda or torch.is_grad_enabled() or name in _broken or not triton_available():
         return plain()
     return attempt(name, kernel, plain)

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from plm_kernels.convolution import LocalBlock
+
 
 @dataclass(frozen=True)
 class RelativeBias:
@@ -169,6 +171,31 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, *, dilation: int = 1) -
                 y = y + x[:, t + j * dilation - left] @ tap.T
         rows.append(y)
     return torch.stack(rows, 1)
+
+
+def local_block(x: Tensor, added: Tensor, weights: LocalBlock, *, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The local track of a block of ProteinBERT, whose filters are ``[k, i, o]``: ``[b, t, c]``, ``[b, c]`` -> two of
+    ``[b, t, c]``, after each of the norms.
+
+    Source: Brandes et al. 2022; nadavbra/protein_bert@83198c9, ``create_model``.
+    """
+    w = weights
+    x = x if keep is None else torch.where(keep[:, :, None], x, 0)
+    narrow = convolution(x, w.narrow.permute(2, 1, 0), w.narrow_bias)
+    wide = convolution(x, w.wide.permute(2, 1, 0), w.wide_bias, dilation=w.dilation)
+    mid = layer_norm(x + added[:, None] + gelu(narrow) + gelu(wide), w.gain1, w.shift1, w.eps1)
+    return mid, layer_norm(mid + gelu(mid @ w.dense.T + w.dense_bias), w.gain2, w.shift2, w.eps2)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact one: x times the share of a standard normal below it."""
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """``gain * (x - mean) / sqrt(variance + eps) + shift`` over the channels; the variance is that of all channels."""
+    x = x - x.mean(-1, keepdim=True)
+    return gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) + shift
 
 
 def global_attention(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import convolution, global_attention, pack_filters
+from plm_kernels import LocalBlock, convolution, global_attention, local_block, pack_filters, taps_first
 
 PAD = 25
 
@@ -136,10 +136,16 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.channels, config.channels, config.kernel))
         self.bias = nn.Parameter(torch.zeros(config.channels))
         self.packed = PackedWeight(pack_filters)
+        self.turned = PackedWeight(taps_first, "cuda")
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed.of(x, self.weight)
         return convolution(x, self.weight, self.bias, "gelu", dilation=self.dilation, packed=packed)
+
+    def taps(self, x: Tensor) -> Tensor:
+        """The filters ``[k, c, c]`` of one tap after the other, kept while nobody changes them."""
+        turned = self.turned.of(x, self.weight)
+        return taps_first(self.weight) if turned is None else turned
 
 
 class GlobalAttention(nn.Module):
@@ -153,14 +159,14 @@ class GlobalAttention(nn.Module):
         self.key = Linear(config.channels, config.heads * config.key_size, bias=False)
         self.value = Linear(config.channels, config.heads * config.value_size, bias=False)
 
-    def forward(self, y: Tensor, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Also the weights ``[b, h, t]``."""
+    def forward(self, y: Tensor, x: Tensor, keep: Tensor | None, attentions: bool) -> tuple[Tensor, Tensor | None]:
+        """Also the weights ``[b, h, t]``, if they are wanted."""
         b, t, c = x.shape
         rows = x.reshape(b * t, c)
         q = self.query(y, "tanh").view(b, self.heads, -1)
         k = self.key(rows, "tanh").view(b, t, self.heads, -1)
         v = self.value(rows, "gelu").view(b, t, self.heads, -1)
-        mixed, weights = global_attention(q, k, v, scale=self.scale, keep=keep)
+        mixed, weights = global_attention(q, k, v, scale=self.scale, keep=keep, weights=attentions)
         return mixed.flatten(1), weights
 
 
@@ -182,16 +188,33 @@ class Block(nn.Module):
         self.global_dense2 = Linear(g, g)
         self.global_norm2 = nn.LayerNorm(g, config.norm_eps)
 
-    def forward(self, x: Tensor, y: Tensor, keep: Tensor | None, global_: bool) -> "States":
-        """``global_``: whether the global track goes on as well."""
-        local_mid = self.local_norm1(x + self.to_local(y, "gelu")[:, None] + self.narrow(x) + self.wide(x))
-        x = self.local_norm2(local_mid + self.local_dense(local_mid.flatten(0, 1), "gelu").view_as(x))
+    def forward(self, x: Tensor, y: Tensor, keep: Tensor | None, global_: bool, attentions: bool) -> "States":
+        """``global_``: whether the global track goes on as well; ``attentions``: whether what it looks at is told."""
+        local_mid, x = self.local(x, self.to_local(y, "gelu"), keep)
         if not global_:
             return States(local_mid, x, y, y, None)
-        mixed, weights = self.attention(y, x, keep)
+        mixed, weights = self.attention(y, x, keep, attentions)
         global_mid = self.global_norm1(y + self.global_dense1(y, "gelu") + mixed)
         y = self.global_norm2(global_mid + self.global_dense2(global_mid, "gelu"))
         return States(local_mid, x, global_mid, y, weights)
+
+    def local(self, x: Tensor, z: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The local track after each of its norms, in one kernel where there is one; z ``[b, c]`` is for all tokens."""
+
+        def steps() -> tuple[Tensor, Tensor]:
+            kept = x if keep is None else x * keep[:, :, None]
+            mid = self.local_norm1(kept + z[:, None] + self.narrow(kept) + self.wide(kept))
+            return mid, self.local_norm2(mid + self.local_dense(mid.flatten(0, 1), "gelu").view_as(x))
+
+        return local_block(x, z, lambda: self.local_weights(x), steps, keep=keep)
+
+    def local_weights(self, x: Tensor) -> LocalBlock:
+        """What ``local`` multiplies ``x`` with."""
+        narrow, wide, dense, norm1, norm2 = self.narrow, self.wide, self.local_dense, self.local_norm1, self.local_norm2
+        filters = (narrow.taps(x), narrow.bias, wide.taps(x), wide.bias, wide.dilation)
+        return LocalBlock(
+            *filters, norm1.weight, norm1.bias, norm1.eps, dense.weight, dense.bias, norm2.weight, norm2.bias, norm2.eps
+        )
 
 
 class States(NamedTuple):
@@ -297,8 +320,7 @@ class ProteinBERT(nn.Module):
         local, both, maps = [x], [y], []
         blocks = self.blocks[:layer]
         for i, block in enumerate(blocks):
-            x = x if keep is None else x * keep[:, :, None]
-            states = block(x, y, keep, global_ or i + 1 < len(blocks))
+            states = block(x, y, keep, global_ or i + 1 < len(blocks), attentions)
             x, y = states.local, states.global_
             if hidden_states:
                 local += [states.local_mid, x]
