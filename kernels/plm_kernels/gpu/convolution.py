@@ -4,10 +4,9 @@ A program computes ROWS tokens of one sequence in all their channels, so that th
 between input and output leaves the chip. In float32 the dense layer is a kernel of its own, because a product without
 tensor cores keeps its factors in registers, which hold a part of them at a time only if they come from memory.
 
-A convolution is a sum of matrix products, one per tap, of neighbours
-``[rows, i]`` with a tap's filters ``[i, o]``. What a token gets depends on its place in its sequence alone.
-
-The number of tokens is not specialised: one kernel serves all lengths.
+A convolution is a sum of matrix products, one per tap, of neighbours ``[rows, i]`` with a tap's filters ``[i, o]``.
+What a token gets depends on its place in its sequence alone. How many tokens there are is not specialised: one
+compilation serves all lengths.
 
 Prefixes: ``i_`` an index, ``o_`` offsets, ``m_`` a mask, ``b_`` a tile in registers; b sequences, t tokens, c channels.
 """
@@ -34,7 +33,7 @@ def tiles(dtype: torch.dtype) -> Tiles:
     """By dtype alone, so that a sequence has the same bits in any batch.
 
     Every program reads all filters (590 kB of 16 bits at 128 channels), so tiles are as tall as the registers allow:
-    two sums ``[rows, 128]`` of float32 are there at a time, beside which nothing spills in either loop of products.
+    two sums ``[rows, 128]`` of float32 are there at a time, beside which no loop spills (Triton 3.6, sm_90).
     """
     if dtype == torch.float32:
         return Tiles(rows=64, depth=32, fused=False, num_warps=8, num_stages=2)
