@@ -192,12 +192,6 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / 2**0.5))
 
 
-def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """``gain * (x - mean) / sqrt(variance + eps) + shift`` over the channels; the variance is that of all channels."""
-    x = x - x.mean(-1, keepdim=True)
-    return gain * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) + shift
-
-
 def global_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
