@@ -70,15 +70,27 @@ class Case:
             out.backward(torch.arange(out.numel(), device=DEVICE).view_as(out).cos().to(out.dtype))
         return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
+    def noise(self, gradients: bool) -> list[Tensor]:
+        """The formula's own error in this dtype over 8 draws. One draw's, of a table of 10 numbers, varies by a factor 8."""
+        given, generator = self.inputs, torch.Generator().manual_seed(1)
+        errors = []
+        for draw in range(8):
+            if draw > 0:
+                self.inputs = [torch.randn(x.shape, generator=generator).to(x) for x in given]
+            found, truths = (self.run("reference", dtype, gradients) for dtype in (None, torch.float64))
+            pairs = zip(found, truths, strict=True)
+            errors.append(torch.stack([rms(found - truth) for found, truth in pairs]))
+        self.inputs = given
+        return [rms(each) for each in torch.stack(errors, 1)]
+
     def check(self, gradients: bool) -> None:
         """As exact as the formula in the same dtype: its error is the noise floor, twice that is allowed."""
-        ours, plain = (self.run(backend, None, gradients) for backend in ("triton", "reference"))
-        truths = self.run("reference", torch.float64, gradients)
-        for found, formula, truth in zip(ours, plain, truths, strict=True):
+        ours, truths = self.run("triton", None, gradients), self.run("reference", torch.float64, gradients)
+        for found, truth, floor in zip(ours, truths, self.noise(gradients), strict=True):
             assert found.isfinite().all()
             assert found.shape == truth.shape
             assert rms(truth) > 1e-3  # there is something to compare
-            assert rms(found - truth) <= 2 * rms(formula - truth)
+            assert rms(found - truth) <= 2 * floor
 
 
 def rms(x: Tensor) -> Tensor:

@@ -38,11 +38,11 @@ Rescue = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def tiles(head_size: int, dtype: torch.dtype, bias: bool) -> Tiles:
-    """Sizes for which nothing spills from registers on an H200, by what is computed and never by the batch.
+    """Sizes by what is computed and never by the batch, for which nothing spilled when compiled for an H200.
 
-    Up to 64 channels two programs fit on an SM, where one waits for memory while the other computes; with a bias, whose
-    addresses take registers, that needs fewer columns. In 32 bits products run on the ordinary units, without tiles
-    that are fetched ahead.
+    Up to 64 channels two programs fit on an SM by their registers (not where causal without a bias), so that one can
+    compute while the other waits; with a bias, whose addresses take registers, that needs fewer columns. In 32 bits
+    products run on the ordinary units, without tiles that are fetched ahead. No size was chosen by timing.
     """
     width = padded(head_size)
     if dtype == torch.float32:
