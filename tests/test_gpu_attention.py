@@ -71,7 +71,7 @@ class Case:
         return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
     def noise(self, gradients: bool) -> list[Tensor]:
-        """The formula's own error in this dtype over 8 draws. One draw's, of a table of 10 numbers, varies by a factor 8."""
+        """The formula's own error in this dtype, on 8 draws: of a table of 10 numbers it varies by a factor 8."""
         given, generator = self.inputs, torch.Generator().manual_seed(1)
         errors = []
         for draw in range(8):
@@ -311,7 +311,7 @@ def test_wrong_arguments_are_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPa
 
 
 def test_it_compiles_for_an_h200(tmp_path: Path) -> None:
-    """All three kernels, at the head size of T5 and ESM-2, without spilled registers. No GPU is needed for it."""
+    """All three kernels, at the head size of T5 and ESM-2, with little spilled. No GPU is needed for it."""
     cases = [(64, "bfloat16", True, False, True), (64, "bfloat16", False, True, False)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -322,5 +322,6 @@ def test_it_compiles_for_an_h200(tmp_path: Path) -> None:
     assert [row["kernel"] for row in rows] == ["attend", "by_queries", "by_keys", "attend"]
     for row in rows:
         assert row["products"] == "wgmma", row
-        assert row["stack"] == 0, row
+        # 0 with Triton 3.6. Another compiler may differ by some bytes; hundreds would say that tiles are too large.
+        assert row["stack"] <= 64, row
         assert row["shared"] <= 227 * 1024, row
