@@ -18,6 +18,8 @@ from plm_kernels.packed_attention import attention, attention_backends, runs
 from plm_kernels.parts import attention_part, merge_parts, padded_keys
 from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs, rotate_half_, rotate_pairs_
+from plm_kernels.triangle_attention import Gate, triangle_attention
+from plm_kernels.triangle_multiplication import add_gated, empty_sides, pair_norm, triangle_norm, write_sides
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,6 +31,7 @@ __all__ = [
     "LocalBlock",
     "RelativeBias",
     "Turns",
+    "add_gated",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -37,6 +40,7 @@ __all__ = [
     "attention_weights",
     "convolution",
     "eight_bits",
+    "empty_sides",
     "filters_available",
     "gated",
     "global_attention",
@@ -49,6 +53,7 @@ __all__ = [
     "pack_weight",
     "packing_available",
     "padded_keys",
+    "pair_norm",
     "prefer",
     "rms_norm",
     "rotary_half",
@@ -57,4 +62,7 @@ __all__ = [
     "rotate_pairs_",
     "runs",
     "taps_first",
+    "triangle_attention",
+    "triangle_norm",
+    "write_sides",
 ]

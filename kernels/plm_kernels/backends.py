@@ -26,6 +26,10 @@ KERNELS: Mapping[str, str] = {
     "attention backward": "attention_backward",
     "global_attention": "global_attention",
     "local_block": "convolution",
+    "triangle_attention": "triangle_attention",
+    "pair_norm": "triangle_multiplication",
+    "triangle_sides": "triangle_multiplication",
+    "add_gated": "triangle_multiplication",
 }
 """What has a Triton kernel, by name, and the module of ``plm_kernels.gpu`` that holds it."""
 

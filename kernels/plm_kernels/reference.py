@@ -209,3 +209,42 @@ def global_attention(
         mixed.append(torch.einsum("ht,the->he", weights, v[i, kept]))
         maps.append(torch.zeros(len(weights), len(kept), dtype=q.dtype).masked_scatter(kept, weights))
     return torch.stack(mixed), torch.stack(maps)
+
+
+def triangle_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tensor | None = None, *, scale: float
+) -> Tensor:
+    """``sigmoid(gate) * sum over k of softmax(scale * q[i, j] . k[i, k] + bias[j, k]) v[i, k]``, row by row of pairs.
+
+    q, k, v ``[r, l, h, d]``; bias ``[h, l, l]``, the same for all rows; gate ``[r * l, h * d]`` -> ``[r * l, h * d]``.
+    """
+    rows = []
+    for queries, keys, values in zip(q, k, v, strict=True):
+        weights = attention_weights(queries, keys, scale=scale, bias=bias)
+        rows.append(torch.einsum("hjk,khd->jhd", weights, values).flatten(1))
+    mixed = torch.cat(rows) if rows else q.flatten(2).flatten(0, 1)
+    return mixed if gate is None else mixed * torch.sigmoid(gate)
+
+
+def pair_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps) * weight + bias`` over the channels of ``[..., c]``: in float32 at least, and
+    given in the weights' dtype."""
+    precise = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    centred = x.to(precise) - x.to(precise).mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight + bias).to(weight.dtype)
+
+
+def triangle_sides(x: Tensor, gate: Tensor, length: int) -> Tensor:
+    """``x * sigmoid(gate)`` with a matrix of pairs for each channel: ``[r * l, c] -> [c, r, l]``."""
+    return (x * torch.sigmoid(gate)).view(-1, length, x.shape[1]).permute(2, 0, 1)
+
+
+def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
+    """What pair (i, j) hears from all k: the sum of ``a[i, k] b[j, k]``, or of ``a[k, i] b[k, j]``: ``[c, l, l]``."""
+    return torch.einsum("cik,cjk->cij" if outgoing else "cki,ckj->cij", a, b)
+
+
+def add_gated(z: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """``z + x * sigmoid(gate)``: pairs ``[r, l, c]``, x and gate ``[r * l, c]``."""
+    return z + (x * torch.sigmoid(gate)).view_as(z)

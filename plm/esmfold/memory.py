@@ -17,7 +17,7 @@ LARGEST = 2**31 - 1  # numbers in a tensor: some kernels count with 32 bits (fac
 def needed(net: ESMFold, length: int, rows: int) -> int:
     """Bytes that folding takes at its peak, beside the weights: what stays, and what is made of some rows."""
     pair, size = net.config.pair, net.embed.weight.element_size()
-    product = max(rows, min(length, PRODUCT_ROWS))  # of a triangle multiplication: itself, its parts, and all of them
+    product = max(rows, min(length, PRODUCT_ROWS))  # of a triangle multiplication; twice as much is kept by allocators
     return at_rest(net, length) + length * pair * size * (3 * product + PER_ROW * rows)
 
 

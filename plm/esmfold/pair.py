@@ -8,12 +8,13 @@ c channels, h heads, d head size.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plm.layers import Linear
+from plm_kernels import add_gated, empty_sides, pair_norm, triangle_attention, triangle_norm, write_sides
 
 Rows = slice
 PRODUCT_ROWS = 64  # with fewer, a product of matrices spends more time on arranging its second factor than on itself
@@ -38,10 +39,11 @@ class Norm(nn.LayerNorm):
     that, and what comes out has the precision of the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        return pair_norm(x, self.weight, self.bias, self.eps)
+
+    def of_channels(self, x: Tensor, length: int) -> Tensor:
+        """Of the first l columns of a matrix of pairs for each channel, ``[c, r, w]``: ``[r * l, c]``."""
+        return triangle_norm(x, length, self.weight, self.bias, self.eps)
 
 
 class TriangleMultiplication(nn.Module):
@@ -59,23 +61,22 @@ class TriangleMultiplication(nn.Module):
 
     def forward(self, z: Tensor, rows: int) -> Tensor:
         length, _, c = z.shape
-        sides = self.sides.weight.new_empty(2 * c, length, length)  # a product of matrices for each channel
+        sides = empty_sides(2 * c, length, like=self.sides.weight)  # a product of matrices for each channel
         for some in chunks(length, rows):
             x = self.norm(z[some]).flatten(0, 1)
-            gated = self.sides(x) * self.side_gates(x, "sigmoid")
-            sides[:, some] = gated.T.unflatten(1, (-1, length))
+            write_sides(sides[:, some], self.sides(x), partial(self.side_gates, x))
         a, b = sides.chunk(2)
+        heard = z.clone() if torch.is_grad_enabled() else z
 
-        def found(block: Rows) -> Tensor:
-            product = a[:, block] @ b.mT if self.outgoing else a[:, :, block].mT @ b  # [c, r, l]
-            parts = []
+        def hear(block: Rows, product: Tensor) -> None:
             for some in chunks(product.shape[1], rows):
-                y = self.product_norm(product[:, some].flatten(1).T)
-                gate = self.gate(self.norm(z[block][some]).flatten(0, 1), "sigmoid")
-                parts.append((self.out(y) * gate).view(-1, length, c))
-            return torch.cat(parts)
+                y = self.out(self.product_norm.of_channels(product[:, some], length))
+                x = self.norm(z[block][some]).flatten(0, 1)
+                add_gated(heard[block][some], y, partial(self.gate, x))
 
-        return add_rows(z, max(rows, PRODUCT_ROWS), found)
+        for block in chunks(length, max(rows, PRODUCT_ROWS)):
+            hear(block, a[:, block] @ b.mT if self.outgoing else a[:, :, block].mT @ b)  # [c, r, l]
+        return heard
 
 
 class TriangleAttention(nn.Module):
@@ -101,10 +102,9 @@ class TriangleAttention(nn.Module):
 
         def found(some: Rows) -> Tensor:
             x = self.norm(pairs[some]).flatten(0, 1)
-            q, k, v = self.qkv(x).view(-1, length, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v, bias[None], scale=self.scale)  # [r, h, l, d]
-            gate = self.gate(x, "sigmoid")
-            return self.out(mixed.transpose(1, 2).reshape(-1, c) * gate).view(-1, length, c)  # type: ignore[no-any-return]
+            q, k, v = self.qkv(x).view(-1, length, 3, self.heads, c // self.heads).unbind(2)  # [r, l, h, d] each
+            mixed = triangle_attention(q, k, v, bias, partial(self.gate, x), scale=self.scale)
+            return self.out(mixed).view(-1, length, c)  # type: ignore[no-any-return]
 
         pairs = add_rows(pairs, rows, found)
         return pairs.transpose(0, 1) if self.ending else pairs
