@@ -59,12 +59,13 @@ def triangle_norm(
     return serve("pair_norm", product, backend, kernel, plain)
 
 
-def empty_sides(channels: int, length: int, like: Tensor) -> Tensor:
+def empty_sides(channels: int, length: int, like: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Room for a matrix of pairs for each channel, ``[c, w, w]`` with w >= l: on a GPU rows are aligned.
 
-    Rows beyond ``length`` are zero; so will be columns, if ``write_sides`` fills the rest.
+    Rows from l on are zero; so will be columns, once ``write_sides`` has filled the others.
     """
-    width = -(-length // ALIGNED) * ALIGNED if like.is_cuda else length
+    multiple = ALIGNED if backend == "triton" or (backend == "auto" and like.is_cuda) else 1
+    width = -(-length // multiple) * multiple
     sides = like.new_empty(channels, width, width)
     sides[:, length:] = 0
     return sides

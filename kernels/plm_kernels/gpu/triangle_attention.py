@@ -26,10 +26,10 @@ def attend(
     out,
     length,
     width,
-    scale,
     row_stride,
     token_stride,
     head_stride,
+    SCALE: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     GATED: tl.constexpr,
@@ -58,7 +58,7 @@ def attend(
         at = start_of_row + (first + keys).to(tl.int64)[:, None] * token_stride + channels
         k_tile = tl.load(k + at, mask=known, other=0.0)
         bias_tile = tl.load(bias_rows + first, mask=asked[:, None], other=0.0)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale + bias_tile
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * SCALE + bias_tile
         higher = tl.maximum(highest, tl.max(logits, 1))  # finite: key 0 is in the first tile, for every query
         weights = tl.exp2(logits * LOG2_E - (higher * LOG2_E)[:, None])
         fewer = tl.exp2((highest - higher) * LOG2_E)
@@ -91,8 +91,8 @@ def triangle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tens
             out,
             length,
             bias.shape[2],
-            scale,
             *q.stride()[:3],
+            SCALE=scale,
             HEADS=heads,
             D=d,
             GATED=gate is not None,

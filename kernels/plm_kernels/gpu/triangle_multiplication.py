@@ -22,7 +22,7 @@ def norm(
     row_stride,
     token_stride,
     channel_stride,
-    eps,
+    EPS: tl.constexpr,
     PADDED: tl.constexpr,
     C: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -39,7 +39,7 @@ def norm(
     readable = tokens < (row_stride if PADDED else length)
     numbers = tl.load(x + at, mask=readable[:, None] & (channels < C), other=0.0).to(tl.float32)
     centred = tl.where(channels < C, numbers - tl.sum(numbers, 1)[:, None] / C, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)[:, None]
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / C + EPS)[:, None]
     scales = tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32)
     shifts = tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32)
     to = (row * length + tokens)[:, None] * C + channels
@@ -95,7 +95,7 @@ def pair_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, padded: bool 
     if out.numel():
         tokens, options = tile(c)
         grid = (triton.cdiv(length, tokens), rows)
-        norm[grid](x, weight, bias, out, length, *x.stride(), eps, PADDED=padded, C=c, **options)
+        norm[grid](x, weight, bias, out, length, *x.stride(), EPS=eps, PADDED=padded, C=c, **options)
     return out
 
 
