@@ -46,6 +46,12 @@ class Norm(nn.LayerNorm):
         return triangle_norm(x, length, self.weight, self.bias, self.eps)
 
 
+def normed(norm: Norm, z: Tensor, rows: int) -> Callable[[Rows], Tensor]:
+    """Some rows of pairs under their norm, ``[r * l, c]``: once if all are worked on at a time, else whenever asked."""
+    whole = norm(z).flatten(0, 1) if rows >= len(z) else None
+    return lambda some: norm(z[some]).flatten(0, 1) if whole is None else whole
+
+
 class TriangleMultiplication(nn.Module):
     """Each pair (i, j) hears from all k: of (i, k) and (j, k) if outgoing, else of (k, i) and (k, j)."""
 
@@ -61,18 +67,19 @@ class TriangleMultiplication(nn.Module):
 
     def forward(self, z: Tensor, rows: int) -> Tensor:
         length, _, c = z.shape
+        x_of = normed(self.norm, z, rows)
         sides = empty_sides(2 * c, length, like=self.sides.weight)  # a product of matrices for each channel
         for some in chunks(length, rows):
-            x = self.norm(z[some]).flatten(0, 1)
+            x = x_of(some)
             write_sides(sides[:, some], self.sides(x), partial(self.side_gates, x))
         a, b = sides.chunk(2)
         heard = z.clone() if torch.is_grad_enabled() else z
 
         def hear(block: Rows, product: Tensor) -> None:
             for some in chunks(product.shape[1], rows):
+                here = slice(block.start + some.start, block.start + some.stop)
                 y = self.out(self.product_norm.of_channels(product[:, some], length))
-                x = self.norm(z[block][some]).flatten(0, 1)
-                add_gated(heard[block][some], y, partial(self.gate, x))
+                add_gated(heard[here], y, partial(self.gate, x_of(here)))
 
         for block in chunks(length, max(rows, PRODUCT_ROWS)):
             hear(block, a[:, block] @ b.mT if self.outgoing else a[:, :, block].mT @ b)  # [c, r, l]
@@ -96,12 +103,13 @@ class TriangleAttention(nn.Module):
     def forward(self, z: Tensor, rows: int) -> Tensor:
         length, _, c = z.shape
         pairs = z.transpose(0, 1) if self.ending else z
+        x_of = normed(self.norm, pairs, rows)
         bias = self.bias.weight.new_empty(self.heads, length, length)
         for some in chunks(length, rows):
-            bias[:, some] = self.bias(self.norm(pairs[some]).flatten(0, 1)).T.unflatten(1, (-1, length))
+            bias[:, some] = self.bias(x_of(some)).T.unflatten(1, (-1, length))
 
         def found(some: Rows) -> Tensor:
-            x = self.norm(pairs[some]).flatten(0, 1)
+            x = x_of(some)
             q, k, v = self.qkv(x).view(-1, length, 3, self.heads, c // self.heads).unbind(2)  # [r, l, h, d] each
             mixed = triangle_attention(q, k, v, bias, partial(self.gate, x), scale=self.scale)
             return self.out(mixed).view(-1, length, c)  # type: ignore[no-any-return]
