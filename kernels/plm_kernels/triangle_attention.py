@@ -36,7 +36,7 @@ def triangle_attention(
 
     Args:
         q, k, v: ``[r, l, h, d]``; views of one product are read where they are.
-        bias: ``[h, l, l]``, of (j, k), the same for all rows.
+        bias: ``[h, l, l]``, of (j, k), the same for all rows; finite.
         gate: gives ``[r * l, h * d]``; None opens all.
 
     Returns: ``[r * l, h * d]``.

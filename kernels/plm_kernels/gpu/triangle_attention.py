@@ -81,13 +81,17 @@ def triangle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tens
     queries, keys, warps, stages = FLOAT32 if q.dtype == torch.float32 else WIDE if length > 64 else NARROW
     bias = F.pad(bias, (0, -length % keys), value=-torch.inf).contiguous()
     out = q.new_empty(rows * length, heads * d)
-    if out.numel():
-        attend[(triton.cdiv(length, queries), rows, heads)](
+    if out.numel() == 0:
+        return out
+    grid = (triton.cdiv(length, queries), rows, heads)
+    logits = out if gate is None else gate.contiguous()
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        attend[grid](
             q,
             k,
             v,
             bias,
-            out if gate is None else gate.contiguous(),
+            logits,
             out,
             length,
             bias.shape[2],

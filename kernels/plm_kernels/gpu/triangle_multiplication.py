@@ -3,6 +3,7 @@
 Letters: r rows of pairs, l residues, c channels.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -95,7 +96,8 @@ def pair_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, padded: bool 
     if out.numel():
         tokens, options = tile(c)
         grid = (triton.cdiv(length, tokens), rows)
-        norm[grid](x, weight, bias, out, length, *x.stride(), EPS=eps, PADDED=padded, C=c, **options)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            norm[grid](x, weight, bias, out, length, *x.stride(), EPS=eps, PADDED=padded, C=c, **options)
     return out
 
 
@@ -107,7 +109,8 @@ def write_sides(out: Tensor, x: Tensor, gate: Tensor, length: int) -> None:
     if out.numel():
         grid = (triton.cdiv(width, TOKENS), rows, triton.cdiv(c, CHANNELS))
         strides, tiles = out.stride()[:2], {"TOKENS": TOKENS, "CHANNELS": CHANNELS}
-        sides[grid](x.contiguous(), gate.contiguous(), out, length, width, *strides, C=c, **tiles)
+        with torch.cuda.device_of(x):
+            sides[grid](x.contiguous(), gate.contiguous(), out, length, width, *strides, C=c, **tiles)
 
 
 def add_gated(z: Tensor, x: Tensor, gate: Tensor) -> None:
@@ -120,7 +123,8 @@ def add_gated(z: Tensor, x: Tensor, gate: Tensor) -> None:
     if z.numel():
         tokens, options = tile(c)
         grid = (triton.cdiv(length, tokens), rows)
-        add[grid](z, x.contiguous(), gate.contiguous(), length, *z.stride()[:2], C=c, **options)
+        with torch.cuda.device_of(z):
+            add[grid](z, x.contiguous(), gate.contiguous(), length, *z.stride()[:2], C=c, **options)
 
 
 def tile(channels: int) -> tuple[int, dict[str, int]]:
