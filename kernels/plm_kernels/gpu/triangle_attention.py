@@ -79,7 +79,8 @@ def triangle_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, gate: Tens
     if not q.stride() == k.stride() == v.stride() or q.stride(3) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     queries, keys, warps, stages = FLOAT32 if q.dtype == torch.float32 else WIDE if length > 64 else NARROW
-    bias = F.pad(bias, (0, -length % keys), value=-torch.inf).contiguous()
+    beyond = -length % keys
+    bias = F.pad(bias, (0, beyond), value=-torch.inf) if beyond else bias.contiguous()
     out = q.new_empty(rows * length, heads * d)
     if out.numel() == 0:
         return out
