@@ -18,7 +18,7 @@ from plm_kernels.packed_attention import attention, attention_backends, runs
 from plm_kernels.parts import attention_part, merge_parts, padded_keys
 from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs, rotate_half_, rotate_pairs_
-from plm_kernels.triangle_attention import Gate, triangle_attention
+from plm_kernels.triangle_attention import triangle_attention
 from plm_kernels.triangle_multiplication import add_gated, empty_sides, pair_norm, triangle_norm, write_sides
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor
 from plm_kernels.backends import Backend, serve
 from plm_kernels.linear import Activation
 
-Gate = Callable[[Activation], Tensor]
+OpenGate = Callable[[Activation], Tensor]
 """A linear layer on its input, once it is told the activation: a kernel takes "none" and opens the gate itself, PyTorch
 takes "sigmoid", which is part of the product on a CPU."""
 
@@ -24,7 +24,7 @@ def triangle_attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor,
-    gate: Gate | None = None,
+    gate: OpenGate | None = None,
     *,
     scale: float,
     backend: Backend = "auto",

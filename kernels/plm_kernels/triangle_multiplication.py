@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plm_kernels.backends import Backend, serve
-from plm_kernels.triangle_attention import DTYPES, Gate
+from plm_kernels.triangle_attention import DTYPES, OpenGate
 
 # cuBLAS has its fast products of half precision for rows that begin at multiples of 16 bytes, and Triton reads and
 # writes several numbers at once where rows are known to begin at multiples of 16 numbers.
@@ -71,7 +71,7 @@ def empty_sides(channels: int, length: int, like: Tensor, *, backend: Backend = 
     return sides
 
 
-def write_sides(sides: Tensor, x: Tensor, gate: Gate, *, backend: Backend = "auto") -> None:
+def write_sides(sides: Tensor, x: Tensor, gate: OpenGate, *, backend: Backend = "auto") -> None:
     """Write ``x * sigmoid(gate)``, ``[r * l, c]`` each, into some rows ``[c, r, w]`` of ``empty_sides``.
 
     Columns from l on become zero.
@@ -93,7 +93,7 @@ def write_sides(sides: Tensor, x: Tensor, gate: Gate, *, backend: Backend = "aut
     return serve("triangle_sides", x, backend, kernel, plain)
 
 
-def add_gated(z: Tensor, x: Tensor, gate: Gate, *, backend: Backend = "auto") -> None:
+def add_gated(z: Tensor, x: Tensor, gate: OpenGate, *, backend: Backend = "auto") -> None:
     """Add ``x * sigmoid(gate)``, ``[r * l, c]`` each, to pairs ``[r, l, c]`` in place; z may be a view."""
 
     def plain() -> None:
