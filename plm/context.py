@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -11,6 +11,12 @@ from plm.models.proteinbert import ProteinBERT
 from plm.packing import Packed
 
 SHORTEST = 3  # <START>, one residue, <END>
+
+
+class Encoded(NamedTuple):
+    """What another encoder than ProteinBERT's gives."""
+
+    hidden: Tensor  # [n, c]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +55,9 @@ class Context:
 
     def encode(self, batch: Packed, members: Sequence[int], *, layer: int | None = None, global_: bool = False) -> Any:
         """``net.encode`` for some of the sequences; ``global_``: whether a ProteinBERT's global state is wanted."""
-        options = self.options(members)
-        if isinstance(self.model.net, ProteinBERT):
-            options["global_"] = global_
-        return self.model.net.encode(batch, layer=layer, **options)
+        if not isinstance(self.model.net, ProteinBERT):
+            return Encoded(self.model.graphs.hidden(self.model.net, batch, layer))
+        return self.model.net.encode(batch, layer=layer, global_=global_, **self.options(members))
 
 
 def check_padding(model: Model, pad_to: int | None) -> None:

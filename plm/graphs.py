@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plm.cache import Room
 from plm.models.progen2 import ProGen2
+from plm.recording import Record, cuda_graphs
 from plm_kernels import attention_part
 
 TOKENS = 128  # a graph attends to a multiple of so many tokens
@@ -113,23 +114,6 @@ class Recorded:
     tokens: Tensor
     logits: Tensor
     run: Callable[[], None]
-
-
-Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-"""Something to repeat, to its result's place and what repeats it."""
-
-
-def cuda_graphs() -> Record:
-    """What makes CUDA graphs of work; those that one call makes share their memory."""
-    pool = torch.cuda.graph_pool_handle()
-
-    def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            result = work()
-        return result, graph.replay
-
-    return record
 
 
 @dataclass

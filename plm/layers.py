@@ -19,6 +19,7 @@ from plm_kernels import (
     linear,
     linear_8bit,
     pack_weight,
+    product,
 )
 
 _unchanged: ContextVar[object | None] = ContextVar("unchanged", default=None)
@@ -131,7 +132,7 @@ class Linear(nn.Linear):
         packed = self.packed.of(x, self.weight)
         if packed is not None:
             return linear(x, packed, self.bias, activation)
-        return ACTIVATIONS[activation].formula(F.linear(x, self.weight, self.bias))
+        return product(x, self.weight, self.bias, activation)
 
     def in_8_bits(self, x: Tensor, scale: Tensor) -> Tensor:
         """Few rows on the whole numbers themselves; many on the same numbers in bfloat16, packed when first needed.

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from plm.encoder_graphs import Graphs
 from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
 from plm.layers import Linear
 from plm.placement import DTYPES, EIGHT_BIT, choose_device, choose_dtype, kept_in
@@ -79,6 +80,8 @@ class Model:
     tokenizer: Tokenizer
     checkpoint: Origin
     weights: str = ""  # how linear weights are kept, if not in the dtype: "int8"
+    batch_invariant: bool = False  # see ``load``
+    graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)  # passes of its encoder, recorded on CUDA
 
     @property
     def device(self) -> torch.device:

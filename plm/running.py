@@ -13,6 +13,7 @@ from plm.models.proteinbert import ProteinBERT
 from plm.packing import Packed, batches
 from plm.sequences import Fault, InputError
 from plm.tokens import Tokenizer
+from plm_kernels import batch_invariant
 
 Proteins = str | tuple[str, str]
 """Residues; or the heavy and the light chain of an antibody, also written ``HEAVY|LIGHT``."""
@@ -249,7 +250,8 @@ def halved(model: Model, groups: Iterable[list[int]], work: Callable[[list[int]]
     while pending:
         group = pending.pop()
         try:
-            result = work(group)
+            with batch_invariant(model.batch_invariant):
+                result = work(group)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -228,7 +228,7 @@ def likelihood(
         tokens = as_tensor(b"".join(starts[way] + text[:-1] for way, text in texts))
         batch = Packed.from_tokens(tokens, tuple(len(text) for _, text in texts)).to(model.device)
         wanted = as_tensor(b"".join(text for _, text in texts).translate(columns)).to(model.device)
-        hidden = model.net.encode(batch).hidden
+        hidden = model.graphs.hidden(model.net, batch)
         found = own_log_probs(head(hidden.to(head.weight.dtype)), wanted.long()).cpu()
         parts = zip(texts, found.split(batch.lengths), strict=True)
         aligned = [part if way == "forward" else part.flip(0) for (way, _), part in parts]
@@ -262,7 +262,7 @@ def hidden_logits(model: Model, batch: Packed, places: Tensor, hidden: int) -> T
     """Logits ``[b, v]`` of the one hidden residue in each sequence, which stands at ``places`` ``[b]`` within it."""
     net = model.net
     if not isinstance(net, T5):
-        return net.logits(net.encode(batch).hidden[batch.first + places])
+        return net.logits(model.graphs.hidden(net, batch)[batch.first + places])
     decoder = Packed.from_ids([[START, hidden]] * len(batch), device=model.device)
     logits = net(batch, decoder=decoder).logits[1::2]
     silent = [i for i, token in enumerate(model.tokenizer.vocabulary) if token[0] in "<["]

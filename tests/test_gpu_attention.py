@@ -235,8 +235,8 @@ def test_faults_would_be_caught() -> None:
     assert rms(ours[4].flip(1) - case.run("reference", torch.float64)[4]) > 1000 * floor[4]
 
 
-def on_cuda(dtype: torch.dtype, bias: bool, head_size: int = 64, **how: bool) -> str:
-    return attention_choice("cuda", dtype, head_size, bias=bias, **how)
+def on_cuda(dtype: torch.dtype, bias: bool, head_size: int = 64) -> str:
+    return attention_choice("cuda", dtype, head_size, bias=bias)
 
 
 def test_what_auto_means_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,13 +246,16 @@ def test_what_auto_means_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for half in (torch.bfloat16, torch.float16):
         assert on_cuda(half, bias=True) == "triton"
         assert on_cuda(half, bias=False) == "varlen"
-        assert on_cuda(half, bias=False, batch_invariant=True) == "triton"
         assert on_cuda(half, bias=False, head_size=20) == "triton"
         assert on_cuda(half, bias=False, head_size=512) == on_cuda(half, bias=True, head_size=264) == "dense"
     assert on_cuda(torch.float32, bias=True) == on_cuda(torch.float32, bias=False) == "triton"
     assert on_cuda(torch.float64, bias=True) == on_cuda(torch.float64, bias=False) == "dense"
-    assert attention_choice("cpu", torch.bfloat16, 64, bias=True, batch_invariant=True) == "segments"
+    assert attention_choice("cpu", torch.bfloat16, 64, bias=True) == "segments"
     assert attention_choice("mps", torch.float16, 64, bias=False) == "dense"
+    with backends.prefer("torch"):
+        assert on_cuda(torch.bfloat16, bias=True) == "dense" and on_cuda(torch.bfloat16, bias=False) == "varlen"
+    with backends.prefer("triton"), torch.no_grad():
+        assert attention_choice("cpu", torch.float32, 64, bias=False) == on_cuda(torch.float16, False) == "triton"
     monkeypatch.setattr(packed_attention, "varlen_available", lambda: False)
     assert on_cuda(torch.bfloat16, bias=False) == "triton"
     backends._broken["attention backward"] = "RuntimeError"

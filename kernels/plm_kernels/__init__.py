@@ -12,7 +12,9 @@ from plm_kernels.convolution import (
 from plm_kernels.eight_bit import FEW, eight_bits, linear_8bit
 from plm_kernels.gates import GATES, Gate, gated
 from plm_kernels.global_attention import global_attention
+from plm_kernels.invariance import batch_invariant, is_batch_invariant
 from plm_kernels.linear import ACTIVATIONS, Activation, linear, pack_weight, packing_available
+from plm_kernels.matmul import product
 from plm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
 from plm_kernels.parts import attention_part, merge_parts, padded_keys
@@ -38,12 +40,14 @@ __all__ = [
     "attention_backends",
     "attention_part",
     "attention_weights",
+    "batch_invariant",
     "convolution",
     "eight_bits",
     "empty_sides",
     "filters_available",
     "gated",
     "global_attention",
+    "is_batch_invariant",
     "layer_norm",
     "linear",
     "linear_8bit",
@@ -55,6 +59,7 @@ __all__ = [
     "padded_keys",
     "pair_norm",
     "prefer",
+    "product",
     "rms_norm",
     "rotary_half",
     "rotary_pairs",

@@ -30,6 +30,7 @@ KERNELS: Mapping[str, str] = {
     "pair_norm": "triangle_multiplication",
     "triangle_sides": "triangle_multiplication",
     "add_gated": "triangle_multiplication",
+    "matmul": "matmul",  # only in a ``batch_invariant`` scope: elsewhere products are torch's
 }
 """What has a Triton kernel, by name, and the module of ``plm_kernels.gpu`` that holds it."""
 
@@ -62,6 +63,11 @@ def _known(backend: Backend) -> Backend:
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is unknown; choose 'auto', 'torch' or 'triton'")
     return backend
+
+
+def preferred() -> Backend:
+    """What "auto" means in this scope: itself, unless ``prefer`` was entered."""
+    return _preferred.get()
 
 
 @cache

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plm_kernels import backends, reference
+from plm_kernels.invariance import is_batch_invariant
 from plm_kernels.reference import RelativeBias
 
 T = TypeVar("T")
@@ -78,9 +79,11 @@ def attention(
         raise ValueError(f"{len(offsets) - 1} sequences of q and {len(key_offsets) - 1} of k and v; one each is needed")
     assert max_key_length is not None
     how = How(offsets, key_offsets, scale, causal, bias, max_length, max_key_length)
-    if backend == "auto":
+    if backend == "auto" and q.is_cuda and is_batch_invariant():
+        backend = invariant_backend(q, bias)
+    elif backend == "auto":
         backend = choose_backend(q, bias)
-        if backend == "triton":
+        if backend == "triton" and backends.preferred() == "auto":
             return _triton_or_dense(q, k, v, how)
     if backend not in _BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; choose 'auto' or one of {attention_backends()}")
@@ -92,40 +95,59 @@ def attention_backends() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def choose_backend(q: Tensor, bias: RelativeBias | None, batch_invariant: bool = False) -> str:
+def choose_backend(q: Tensor, bias: RelativeBias | None) -> str:
     """What ``backend="auto"`` means for these queries: ``attention_choice``."""
-    return attention_choice(q.device.type, q.dtype, q.shape[-1], bias=bias is not None, batch_invariant=batch_invariant)
+    return attention_choice(q.device.type, q.dtype, q.shape[-1], bias=bias is not None)
 
 
-def attention_choice(
-    device: str, dtype: torch.dtype, head_size: int, *, bias: bool, batch_invariant: bool = False
-) -> str:
+def attention_choice(device: str, dtype: torch.dtype, head_size: int, *, bias: bool) -> str:
     """What ``backend="auto"`` means in this process for heads of this size and type, with a bias and without.
 
     On a CPU segments. On CUDA without a bias varlen, torch's own FlashAttention; with one, or where torch has none, the
-    Triton kernel; else, and in float64, dense. With ``batch_invariant`` Triton goes before varlen, which may divide a
-    long sequence's keys by how busy the GPU is: the bits of the Triton kernel follow from the sequence alone.
+    Triton kernel; else, and in float64, dense. ``backends.prefer`` is obeyed.
     """
+    fits = dtype in TRITON_TYPES and head_size <= LARGEST_HEAD
+    preferred = backends.preferred()
+    if preferred == "triton" and fits and not torch.is_grad_enabled():
+        return "triton"
     if device == "cpu":
         return "segments"
-    if device != "cuda" or head_size > LARGEST_HEAD:
+    if device != "cuda":
         return "dense"
-    varlen = not bias and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and varlen_available()
-    broken = "attention" in backends.broken() or (torch.is_grad_enabled() and "attention backward" in backends.broken())
-    triton = dtype in TRITON_TYPES and backends.triton_available() and not broken
-    if varlen and not (batch_invariant and triton):
+    if fits and not bias and dtype != torch.float32 and head_size % 8 == 0 and varlen_available():
         return "varlen"
-    return "triton" if triton else "dense"
+    broken = "attention" in backends.broken() or (torch.is_grad_enabled() and "attention backward" in backends.broken())
+    return "triton" if fits and preferred != "torch" and backends.triton_available() and not broken else "dense"
+
+
+def invariant_backend(q: Tensor, bias: RelativeBias | None) -> str:
+    """What it means on CUDA in a ``batch_invariant`` scope: varlen if it can be told not to split keys, else triton.
+
+    Raises: ValueError for float64, or where no backend keeps the promise.
+    """
+    fits = choose_backend(q, bias) == "varlen" and "num_splits" in varlen_parameters()
+    if not fits and (q.dtype not in TRITON_TYPES or q.shape[-1] > LARGEST_HEAD):
+        raise ValueError(
+            f"there is no batch-invariant attention in {q.dtype}{'' if bias is None else ' with a bias'} here: torch's "
+            "varlen attention with num_splits (float16, bfloat16), or the Triton kernel (and float32, heads up to "
+            f"{LARGEST_HEAD}), would be needed"
+        )
+    return "varlen" if fits else "triton"
+
+
+def varlen_available() -> bool:
+    """Whether this torch carries FlashAttention for packed sequences, with the arguments that are used here."""
+    return {"scale", "window_size"} <= varlen_parameters()
 
 
 @cache
-def varlen_available() -> bool:
-    """Whether this torch carries FlashAttention for packed sequences, with the arguments that are used here."""
+def varlen_parameters() -> frozenset[str]:
+    """What torch's varlen attention takes; nothing where there is none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"scale", "window_size"} <= signature(varlen_attn).parameters.keys()
+        return frozenset()
+    return frozenset(signature(varlen_attn).parameters)
 
 
 def runs(lengths: Iterable[T]) -> list[tuple[int, T]]:
@@ -144,6 +166,8 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     keys, values = (x.split([count * length for count, (_, length) in shapes]) for x in (k, v))
     mixed = []
     for (count, (length, key_length)), *pieces in zip(shapes, queries, keys, values, strict=True):
+        if length == 0:
+            continue
         rows, columns, mix = (
             piece.unflatten(0, (count, each)).transpose(1, 2)  # [count, h, length, d]
             for piece, each in zip(pieces, (length, key_length, key_length), strict=True)
@@ -178,7 +202,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         raise ValueError("the varlen backend takes no bias; use backend='auto', 'dense' or 'segments'")
     window = (-1, 0) if how.causal else (-1, -1)
     bounds = (how.offsets, how.key_offsets, how.max_length, how.max_key_length)
-    mixed = varlen_attn(q, k, v, *bounds, scale=how.scale, window_size=window)
+    # How many parts keys are split into would depend on the longest sequence of the batch.
+    split = {"num_splits": 1} if is_batch_invariant() else {}
+    attend: Callable[..., object] = varlen_attn  # older signatures know nothing of splits
+    mixed = attend(q, k, v, *bounds, scale=how.scale, window_size=window, **split)
     assert isinstance(mixed, Tensor)
     return mixed
 

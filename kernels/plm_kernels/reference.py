@@ -3,6 +3,7 @@
 Letters: n packed tokens, b sequences, t tokens of one sequence, h heads, d head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -126,6 +127,13 @@ def rotary_pairs(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((turned, rest), dim=-1)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """``activation(x @ weight.T + bias)``: ``[n, i] -> [n, o]``, rounded once, in float32 at least until then."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(precise) @ weight.to(precise).T
+    return activation(y if bias is None else y + bias.to(precise)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

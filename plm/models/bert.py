@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plm.layers import LayerNorm, Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import attention, attention_weights, linear
+from plm_kernels import attention, attention_weights, linear, product
 
 Maps = list[list[Tensor]]
 """Attention maps ``[h, t, t]``, per layer and sequence."""
@@ -127,7 +127,7 @@ class MaskedLMHead(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.norm(self.dense(x, "gelu"))
         packed = self.packed.of(x, embedding)
-        return F.linear(x, embedding, self.bias) if packed is None else linear(x, packed, self.bias)
+        return product(x, embedding, self.bias) if packed is None else linear(x, packed, self.bias)
 
 
 class BERT(nn.Module):

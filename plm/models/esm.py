@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from plm.layers import LayerNorm, Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import Turns, attention, attention_weights, linear, rotate_half_
+from plm_kernels import Turns, attention, attention_weights, linear, product, rotate_half_
 
 VOCABULARY = 33
 CLS, PAD, EOS, MASK = 0, 1, 2, 32
@@ -134,7 +134,7 @@ class MaskedLMHead(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.norm(self.dense(x, "gelu"))
         packed = self.packed.of(x, embedding)
-        return F.linear(x, embedding, self.bias) if packed is None else linear(x, packed, self.bias)
+        return product(x, embedding, self.bias) if packed is None else linear(x, packed, self.bias)
 
 
 class SequenceClassifier(nn.Module):

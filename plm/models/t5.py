@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from plm.cache import Cache, Decoding, Memory, Room, steps
 from plm.layers import Linear, PackedWeight
 from plm.packing import Packed
-from plm_kernels import Gate, RelativeBias, add_rms_norm, attention, attention_weights, gated, linear, rms_norm
+from plm_kernels import Gate, RelativeBias, add_rms_norm, attention, attention_weights, gated, linear, product, rms_norm
 
 PAD, EOS, START = 0, 1, 0  # the decoder begins with padding
 Activation = Literal["relu", "gated-gelu", "gated-silu"]
@@ -99,13 +99,17 @@ class PositionBias(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.buckets, config.heads))
         self.reach, self.buckets, self.causal = config.max_distance, config.buckets, causal
+        self.numbers: Tensor | None = None  # bucket [2 reach + 1] of each distance
 
     def forward(self) -> RelativeBias:
         """The bias by distance, in float32 at least."""
-        distance = torch.arange(-self.reach, self.reach + 1)
-        buckets = bucket(distance, self.buckets, self.reach, self.causal).to(self.weight.device)
+        if self.numbers is None or self.numbers.device != self.weight.device:
+            # On the CPU, whose logarithms are those of the originals; once, as a recorded pass cannot wait for it.
+            with torch.inference_mode(False):
+                distance = torch.arange(-self.reach, self.reach + 1)
+                self.numbers = bucket(distance, self.buckets, self.reach, self.causal).to(self.weight.device)
         precise = torch.promote_types(self.weight.dtype, torch.float32)
-        return RelativeBias(self.weight.to(precise)[buckets].T.contiguous())
+        return RelativeBias(self.weight.to(precise)[self.numbers].T.contiguous())
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int, causal: bool) -> Tensor:
@@ -303,7 +307,7 @@ class T5(nn.Module):
             return self.lm_head(x)  # type: ignore[no-any-return]
         x = x * self.config.channels**-0.5
         packed = self.tied_head.of(x, self.embed.weight)
-        return F.linear(x, self.embed.weight) if packed is None else linear(x, packed, None)
+        return product(x, self.embed.weight, None) if packed is None else linear(x, packed, None)
 
     def room(self, room: Room) -> Decoding:
         """A cache of this size, in which nothing is yet. Raises: ValueError if the checkpoint has no decoder."""

@@ -1,0 +1,43 @@
+"""Recording what a GPU is told to do, so that it is told with one launch in place of hundreds.
+
+A graph repeats what was recorded on the tensors that were there, so it holds as long as nobody replaced a weight.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+"""Something to repeat, to its result's place and what repeats it."""
+Weights = list[tuple[int, int]]
+
+
+class GraphWarning(UserWarning):
+    """A CUDA graph could not be recorded, and nothing is repeated."""
+
+
+def cuda_graphs() -> Record:
+    """What makes CUDA graphs of work; those that one call makes share their memory, so none may run beside another."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": what other threads ask of their devices meanwhile does not spoil it.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = work()
+        return result, graph.replay
+
+    return record
+
+
+def weights_of(net: nn.Module) -> Weights | None:
+    """Where every weight lies and how often it was changed in place; None where hooks want to see each pass."""
+    found = []
+    for module in net.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+    return found
