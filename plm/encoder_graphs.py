@@ -189,8 +189,10 @@ class Graphs:
         pads.mul_(bucket.longest).add_(count).clamp_(max=bucket.tokens)
 
 
-def most_tokens(net: Encoder) -> int:
+def most_tokens(net: nn.Module) -> int:
     """Up to how many tokens a pass is taken to be bound by its launches; 0 of networks that compute for long anyway."""
+    if not isinstance(net, Encoder):
+        return 0
     stack = net.encoder.blocks if isinstance(net, T5) else net.blocks
     parameters = sum(parameter.numel() for parameter in stack.parameters())
     tokens = power_of_two(int(len(stack) * WORK_PER_LAYER / max(parameters, 1)))

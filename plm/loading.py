@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plm.encoder_graphs import Graphs
 from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
+from plm.invariance import check_promise
 from plm.layers import Linear
 from plm.placement import DTYPES, EIGHT_BIT, choose_device, choose_dtype, kept_in
 from plm.tokens import Tokenizer, checked
@@ -168,6 +169,7 @@ def load(
     dtype: str | torch.dtype | None = "auto",
     revision: str | None = None,
     offline: bool = False,
+    batch_invariant: bool = False,
 ) -> Model:
     """Load a model for prediction.
 
@@ -190,13 +192,19 @@ def load(
             bfloat16 its structure module and confidence stay in float32.
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
+        batch_invariant: on CUDA, ``embed``, ``score`` and ``variants`` give a sequence the same bits alone or in any
+            batch (``contacts`` and what ``generate`` draws are as without). Its price there is not yet measured; there
+            must be one, as products have one tile for all numbers of rows, float32 is multiplied without tensor cores,
+            and ProGen2's variants are read whole. In float32 on a CPU it holds anyway, and costs nothing; the other
+            dtypes cannot have it there.
 
     Warns:
         LicenceNotice: the weights may not be used commercially (Ankh).
         VocabularyNotice: a T5 with a vocabulary that nobody published, and no file beside the weights that tells it.
 
     Raises:
-        ValueError: a T5 or an ESMFold in float16, which overflows, or an ESMFold in 8 bits.
+        ValueError: a T5 or an ESMFold in float16, which overflows, or an ESMFold in 8 bits; or ``batch_invariant``
+            where it cannot be kept, with the reason.
         UnknownModelError: no such name, with near ones.
         DownloadError: the files could not be fetched.
         CheckpointError: the files are torn, foreign, hostile or incomplete, or hold a NaN or an infinity.
@@ -215,6 +223,9 @@ def load(
     ):
         if asked and why:
             raise ValueError(f"dtype {refused} cannot be used: {why}. Choose bfloat16 or float32.")
+    if batch_invariant:
+        heads, head_size = (getattr(opened.config, name, 1) for name in ("heads", "head_size"))
+        check_promise(family.name, heads, head_size, at, EIGHT_BIT if eight_bit else precision)
     tokenizer = opened.tokenizer()
     if row is not None and row.pairs is False:
         tokenizer = replace(tokenizer, separator=None)
@@ -230,7 +241,7 @@ def load(
     files = tuple(WeightFile(file) for file in opened.tensors.files)
     came = origin(path, row, family.name, revision, files)
     came = came if row or not notice else replace(came, licence=notice)
-    return Model(net, tokenizer, came, EIGHT_BIT if eight_bit else "")
+    return Model(net, tokenizer, came, EIGHT_BIT if eight_bit else "", batch_invariant=batch_invariant)
 
 
 def origin(

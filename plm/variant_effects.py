@@ -188,10 +188,10 @@ def variant_rows(
     if not places:
         return
     different = list(places)
-    if how == "likelihood":
+    if how == "likelihood" and not model.batch_invariant:  # what variants share is read in groups of the batch
         found = prefix.likelihood_differences(model, wild_type, different, max_tokens)
     else:
-        found = pseudo_likelihoods(model, wild_type, different, how, task, max_tokens)
+        found = whole_differences(model, wild_type, different, how, task, max_tokens)
     for at, value in found:
         for i in places[different[at]]:
             yield i, value
@@ -226,14 +226,17 @@ def marginals(
             yield i, float(sums[i])
 
 
-def pseudo_likelihoods(
+def whole_differences(
     model: Model, wild_type: bytes, rows: Sequence[bytes], how: How, task: str | None, max_tokens: int | None
 ) -> Iterator[tuple[int, float]]:
-    """Pseudo-log-likelihood of every row less that of the wild type."""
+    """Log-likelihood of every row, or its pseudo-log-likelihood, less that of the wild type."""
 
     def totals(some: Sequence[bytes]) -> Iterator[tuple[int, float]]:
-        if how == "pseudo-ppl":
-            for i, score in score_rows(model, some, how="pseudo-likelihood", task=task, max_tokens=max_tokens):
+        if how != "pseudo-ppl-published":
+            kind: Literal["likelihood", "pseudo-likelihood"] = (
+                "likelihood" if how == "likelihood" else "pseudo-likelihood"
+            )
+            for i, score in score_rows(model, some, how=kind, task=task, max_tokens=max_tokens):
                 yield i, score.total
             return
         for i, row in enumerate(some):

@@ -30,9 +30,12 @@ KERNELS: Mapping[str, str] = {
     "pair_norm": "triangle_multiplication",
     "triangle_sides": "triangle_multiplication",
     "add_gated": "triangle_multiplication",
-    "matmul": "matmul",  # only in a ``batch_invariant`` scope: elsewhere products are torch's
+    "matmul": "matmul",
 }
 """What has a Triton kernel, by name, and the module of ``plm_kernels.gpu`` that holds it."""
+
+
+_WHEN = {"matmul": "torch (triton in a batch_invariant scope)"}
 
 
 class KernelWarning(UserWarning):
@@ -123,4 +126,4 @@ def picks() -> dict[str, str]:
     """What "auto" means for each kernel on CUDA tensors in this process, in words."""
     if not triton_available():
         return dict.fromkeys(KERNELS, "torch (Triton is not installed)")
-    return {name: f"torch ({_broken[name]})" if name in _broken else "triton" for name in KERNELS}
+    return {name: f"torch ({_broken[name]})" if name in _broken else _WHEN.get(name, "triton") for name in KERNELS}

@@ -20,6 +20,7 @@ from plm.cli.table import table
 EXTRAS = ("h5py", "pyarrow", "matplotlib", "triton")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
+GRAPHED = ("esm2-8m", "esm2-35m", "esm2-150m", "esm2-650m", "igbert", "ankh-base", "progen2-small")  # to name a few
 OVERHEAD = 1.3  # a batch and the program itself, over the weights; an estimate
 
 
@@ -101,6 +102,26 @@ def cuda() -> list[str]:
     return [f"{device.name} ({gigabytes(device.total_memory)})" for device in devices]
 
 
+def kernels() -> list[str]:
+    """What does the work of each kernel on CUDA."""
+    from plm_kernels.backends import picks
+
+    return [f"{name}: {pick}" for name, pick in picks().items()]
+
+
+def encoder_graphs() -> str:
+    """Up to how many tokens a batch is recorded and repeated."""
+    import torch
+
+    from plm.encoder_graphs import most_tokens
+    from plm.previews import preview
+
+    if not torch.cuda.is_available():
+        return "none: no CUDA device"
+    limits = {name: most_tokens(model.net) for name in GRAPHED if (model := preview(name))}
+    return "batches up to " + ", ".join(f"{limit:,} tokens ({name})" for name, limit in limits.items() if limit)
+
+
 def mps() -> bool:
     import torch
 
@@ -175,6 +196,8 @@ PROBES: dict[str, Callable[[], object]] = {
     "packed weights (oneDNN)": packed_weights,
     "cuda": cuda,
     "varlen attention in torch": varlen,
+    "kernels on the gpu": kernels,
+    "encoder graphs": encoder_graphs,
     "mps": mps,
     "memory": lambda: gigabytes(memory_limit()),
     "fit on the cpu (float32)": fitting_cpu,

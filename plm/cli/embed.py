@@ -56,6 +56,7 @@ def _layer(context: click.Context, option: click.Parameter, value: str) -> "Laye
     ),
     options.task,
     options.pad_to,
+    options.batch_invariant,
     click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix."),
     click.option("--store", type=click.Choice(STORED), default=STORED[0], show_default=True, help="What is written."),
 )

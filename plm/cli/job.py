@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +58,7 @@ class Job:
     too_long: str
     quiet: bool
     as_json: bool
+    batch_invariant: bool = False  # which some verbs cannot promise
 
     def read(self, task: str | None = None, *, prompts: bool = False, complexes: bool = False) -> Reading:
         """Read the input, and say on stderr what was changed in it.
@@ -106,8 +108,16 @@ class Job:
 
         device = usable_device(self.device)
         self.foresee(check)
-        with while_loading(self.dtype, self.quiet):
-            model = load(self.model, device=device, dtype=self.dtype, revision=self.revision, offline=self.offline)
+        promised = usage() if self.batch_invariant else nullcontext()
+        with while_loading(self.dtype, self.quiet), promised:
+            model = load(
+                self.model,
+                device=device,
+                dtype=self.dtype,
+                revision=self.revision,
+                offline=self.offline,
+                batch_invariant=self.batch_invariant,
+            )
         with usage():
             check(model)
         return model
@@ -204,6 +214,7 @@ class Job:
             "citation": origin.citation,
             "dtype": _precision(model),
             "device": str(model.device),
+            **({"batch_invariant": True} if model.batch_invariant else {}),
             "seed": self.seed,
             **_describe_input(self.input, literal=all(record.line == 0 for record in reading.records)),
             "changes": reading.changes,

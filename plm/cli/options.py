@@ -56,6 +56,11 @@ pad_to = click.option(
     type=click.IntRange(min=3),
     help="ProteinBERT: tokens of each protein with pads. 512 is the original at seq_len 512; default: no pads.",
 )
+batch_invariant = click.option(
+    "--batch-invariant",
+    is_flag=True,
+    help="Same bits alone or in any batch: on CUDA at a cost; float32 on a CPU has it.",
+)
 task = click.option("--task", help="What the model is asked for: nlu, s2s (Ankh3), aa2fold, fold2aa (ProstT5), none.")
 
 _INPUT_AND_OUTPUT: tuple[Option, ...] = (
@@ -128,7 +133,8 @@ def takes_sequences(*own: Option) -> Callable[[Callable[..., int]], Callable[...
 
     def decorate(verb: Callable[..., int]) -> Callable[..., int]:
         def command(**given: Any) -> int:
-            job = Job(**{field.name: given.pop(field.name) for field in dataclasses.fields(Job)})
+            names = [field.name for field in dataclasses.fields(Job) if field.name in given]
+            job = Job(**{name: given.pop(name) for name in names})
             return verb(job, **given)
 
         command.__name__, command.__doc__ = verb.__name__, verb.__doc__  # click's name and help of it

@@ -36,6 +36,7 @@ DIRECTIONS = ("forward", "backward")
     ),
     options.task,
     options.pad_to,
+    options.batch_invariant,
     click.option("--per-residue", is_flag=True, help="List the logarithm for every residue, too (jsonl only)."),
     click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix."),
 )

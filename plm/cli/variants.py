@@ -76,6 +76,7 @@ def _models_given(context: click.Context, option: click.Parameter, names: tuple[
 )
 @options.task
 @options.pad_to
+@options.batch_invariant
 @click.option("--assay-column", help="Column of measured values: say how the scores rank them (Spearman).")
 @click.option("--heatmap", metavar="PNG", help="Draw the single substitutions, too. With -o scan.png nothing else.")
 @click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout of the output, whatever its suffix.")
