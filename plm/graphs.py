@@ -2,8 +2,9 @@
 
 A graph repeats what was recorded, so everything it touches must lie where it lay and have the shape it had. Here every
 row keeps its prompt and its text side by side in a place of its own, and lengths are numbers on the device. There is a
-graph for each bucket of rows and of tokens, recorded when a call first needs it; nothing is compiled. A prompt is read
-once for its texts, but each of them keeps a copy of its keys and values.
+graph for each bucket of rows and of tokens, recorded when a call first needs it; nothing is compiled. A model keeps
+them for the next call that wants as much room, unless their keys and values are large. A prompt is read once for its
+texts, but each of them keeps a copy of its keys and values.
 
 Letters: r rows (texts being written), h heads, d head size, t tokens, l layers.
 """
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from plm.cache import Room
 from plm.models.progen2 import ProGen2
-from plm.recording import Record, cuda_graphs
-from plm_kernels import attention_part
+from plm.recording import Record, Weights, cuda_graphs, weights_of
+from plm_kernels import attention_part, is_batch_invariant
 
 TOKENS = 128  # a graph attends to a multiple of so many tokens
 
@@ -44,6 +45,17 @@ class StaticDecoding:
         self.prompts: list[int] = []  # how many of a row's tokens are its prompt's
         self.rows, self.tokens = room.texts, shape[3]  # what a step computes
         self.joining: Sequence[int] = ()
+
+    def fits(self, room: Room) -> bool:
+        """Whether this is as much room, and what was recorded in it holds."""
+        return len(self.lengths) == room.texts and self.keys.shape[3] == graph_tokens(room)
+
+    def begin(self, room: Room) -> None:
+        """Forget all texts, as if this had just been made."""
+        for store in (self.keys, self.values, self.lengths):
+            store.zero_()
+        self.known, self.prompts, self.joining = [], [], ()
+        self.capacity = room.prompt_tokens + room.text_tokens
 
     def join(self, lengths: Sequence[int], counts: Sequence[int]) -> range:
         """Rows for ``counts`` texts to prompts of these lengths; the prompts' numbers, for ``put``."""
@@ -118,11 +130,16 @@ class Recorded:
 
 @dataclass
 class Graphed:
-    """A ProGen2 whose steps are recorded once for each size and then repeated; else it is the network it is given."""
+    """A ProGen2 whose steps are recorded once for each size and then repeated; else it is the network it is given.
+
+    One that is used again for as much room, on the same weights, repeats what it has. One caller at a time.
+    """
 
     net: ProGen2
     record: Record = field(default_factory=cuda_graphs)
     steps: dict[tuple[int, int], Recorded] = field(default_factory=dict)
+    state: StaticDecoding | None = None
+    recorded_with: tuple[Weights | None, object, bool] | None = None
 
     @property
     def embed(self) -> torch.nn.Embedding:
@@ -131,8 +148,20 @@ class Graphed:
     def room(self, room: Room) -> StaticDecoding:
         config = self.net.config
         scale, like = config.head_size**-0.5, self.net.embed.weight
-        self.steps = {}  # which lie in the state before this one
-        return StaticDecoding(room, config.layers, config.heads, config.head_size, scale, like)
+        stream = torch.cuda.current_stream(like.device) if like.is_cuda else None
+        now = (weights_of(self.net), stream, is_batch_invariant())
+        if self.state is None or now[0] is None or now != self.recorded_with or not self.state.fits(room):
+            self.steps, self.state = {}, None  # the memory of these goes first
+            self.state = StaticDecoding(room, config.layers, config.heads, config.head_size, scale, like)
+            self.recorded_with = now
+        else:
+            self.state.begin(room)
+        return self.state
+
+    @property
+    def bytes(self) -> int:
+        """Of its keys and values, which stay where they are while it is kept."""
+        return 0 if self.state is None else self.state.keys.nbytes + self.state.values.nbytes
 
     def join(self, state: StaticDecoding, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
         self.net.join(state, prompts, counts)

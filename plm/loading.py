@@ -14,9 +14,11 @@ from torch import Tensor
 
 from plm.encoder_graphs import Graphs
 from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
+from plm.graphs import Graphed
 from plm.invariance import check_promise
 from plm.layers import Linear
 from plm.placement import DTYPES, EIGHT_BIT, choose_device, choose_dtype, kept_in
+from plm.recording import Lent
 from plm.tokens import Tokenizer, checked
 from plm_weights import (
     CheckpointError,
@@ -82,7 +84,9 @@ class Model:
     checkpoint: Origin
     weights: str = ""  # how linear weights are kept, if not in the dtype: "int8"
     batch_invariant: bool = False  # see ``load``
-    graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)  # passes of its encoder, recorded on CUDA
+    # What is recorded on CUDA: passes of its encoder, and steps of its writing.
+    graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
+    steps: "Lent[Graphed]" = field(default_factory=Lent, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,8 @@ A graph repeats what was recorded on the tensors that were there, so it holds as
 """
 
 from collections.abc import Callable
+from threading import Lock
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Something to repeat, to its result's place and what repeats it."""
 Weights = list[tuple[int, int]]
+
+
+T = TypeVar("T")
 
 
 class GraphWarning(UserWarning):
@@ -41,3 +46,25 @@ def weights_of(net: nn.Module) -> Weights | None:
             if tensor is not None:
                 found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
     return found
+
+
+class Lent(Generic[T]):
+    """A place for what is dear to make, lent to one caller at a time. Copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        self.kept: T | None = None
+        self.lock = Lock()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+    def take(self) -> T | None:
+        """What lies here, which then no longer does."""
+        with self.lock:
+            kept, self.kept = self.kept, None
+        return kept
+
+    def give_back(self, kept: T) -> None:
+        """Lay it here, in the place of what somebody else gave back before."""
+        with self.lock:
+            self.kept = kept

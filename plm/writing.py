@@ -23,6 +23,7 @@ from plm.packing import batches
 from plm.prompts import Prompt, allowed, forced_places, lengths, writer
 from plm.sampling import Greedy, Rules, Sampler, streams
 
+KEPT_BYTES = 1 << 30  # of keys and values that a model keeps, with the steps recorded in them, for the next call
 Early = bool | Literal["never"]
 
 
@@ -133,6 +134,8 @@ class Job:
             names = [(order[prompt], number) for prompt, number in step.names]
             done = {(order[prompt], number): text for (prompt, number), text in step.finished.items()}
             yield replace(step, names=names, finished=done)
+        if isinstance(net, Graphed) and net.bytes <= KEPT_BYTES:
+            self.model.steps.give_back(net)
 
     def searched(self) -> Iterator[tuple[int, list[Text]]]:
         """Beam search, batch by batch: (prompt, its best texts)."""
@@ -163,7 +166,10 @@ class Job:
 def network(model: Model, how: Settings) -> Network:
     """What takes the steps: on CUDA a ProGen2's recorded ones, unless it is asked not to record."""
     net = writer(model)
-    return Graphed(net) if graphed(model, how) and isinstance(net, ProGen2) else net
+    if not graphed(model, how) or not isinstance(net, ProGen2):
+        return net
+    kept = model.steps.take()
+    return kept if kept is not None and kept.net is net else Graphed(net)
 
 
 def graphed(model: Model, how: Settings) -> bool:

@@ -3,20 +3,26 @@
 There is no GPU here: what a graph would repeat is repeated as it stands, and traced on tensors without data.
 """
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
+from tiny import writing_progen2
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import plm
 from plm.cache import Room
 from plm.decoding import Request, write
 from plm.graphs import TOKENS, Graphed, StaticDecoding, graph_tokens
 from plm.models.progen2 import Config, ProGen2
 from plm.packing import Packed
 from plm.sampling import Rules, Sampler, streams
+from plm_kernels import batch_invariant
 
 CONFIG = Config(32, 30, 2, 32, 4, 4, 48, max_length=400)
 # Two float64 programs that add in another order: 1e-15 is seen on logits of up to 2.
@@ -77,7 +83,7 @@ def test_every_step_is_that_of_the_whole_sequence(net: ProGen2) -> None:
 
 @torch.inference_mode()
 def test_one_record_for_each_bucket(net: ProGen2) -> None:
-    """Rows in powers of two, tokens in multiples of TOKENS; and a new cache is recorded anew."""
+    """Rows in powers of two, tokens in multiples of TOKENS; and a cache of another size is recorded anew."""
     record = Repeated()
     graphs = Graphed(net, record)
     room = Room(texts=4, text_tokens=2 * TOKENS, prompts=1, prompt_tokens=1)
@@ -89,8 +95,76 @@ def test_one_record_for_each_bucket(net: ProGen2) -> None:
             graphs.step(torch.full((rows,), 7), state)
     assert graphs.steps.keys() == {(4, TOKENS), (2, TOKENS), (1, TOKENS), (1, 2 * TOKENS)}
     assert record.recorded == 4 and record.run == 160
-    graphs.room(room)
-    assert not graphs.steps
+    assert graphs.room(room) is state and len(graphs.steps) == 4
+    assert graphs.room(replace(room, texts=5)) is not state and not graphs.steps
+
+
+def test_used_again_it_is_as_new(net: ProGen2) -> None:
+    """Nothing is left of the texts before; and weights that changed meanwhile, in place or not, are recorded anew."""
+    record = Repeated()
+    graphs, room = Graphed(net, record), Room(texts=2, text_tokens=20, prompts=1, prompt_tokens=40)
+
+    @torch.inference_mode()
+    def first_logits(graphs: Graphed, prompt: list[int]) -> Tensor:
+        state = graphs.room(room)
+        graphs.join(state, [prompt], [2])
+        return graphs.step(torch.tensor([7, 9]), state)
+
+    first_logits(graphs, random_ids(40, 1))
+    assert graphs.state is not None
+    with torch.inference_mode():
+        graphs.state.keys.fill_(torch.nan)  # what is masked must be finite all the same
+    for factor in (None, 2):
+        if factor:
+            net.lm_head.weight.mul_(factor)
+        found = first_logits(graphs, random_ids(3, 2))
+        assert torch.equal(found, first_logits(Graphed(net, Repeated()), random_ids(3, 2)))
+    assert record.recorded == 2
+    net.norm = copy.deepcopy(net.norm)
+    first_logits(graphs, random_ids(3, 2))
+    assert record.recorded == 3
+    with batch_invariant():
+        first_logits(graphs, random_ids(3, 2))
+    assert record.recorded == 4
+
+
+class OnCpu(Graphed):
+    """As it would be on CUDA."""
+
+    def __init__(self, net: ProGen2) -> None:
+        super().__init__(net, Repeated())
+
+
+def test_a_model_keeps_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one caller at a time: a stream that rests has it, and another call makes its own."""
+    monkeypatch.setattr("plm.writing.graphed", lambda model, how: how.cuda_graphs)
+    monkeypatch.setattr("plm.writing.Graphed", OnCpu)
+    model = writing_progen2()
+
+    def write(**how: Any) -> list[tuple[int, ...]]:
+        samples = plm.generate(model, ["MKT", "1"], seed=1, max_length=40, **how)
+        return [sample.ids for (sample,) in samples]
+
+    wanted = write(cuda_graphs=False)
+    assert model.steps.kept is None
+    assert write() == wanted
+    kept = model.steps.kept
+    assert kept is not None and isinstance(kept.record, Repeated)
+    recorded = kept.record.recorded
+    assert write() == wanted and model.steps.kept is kept and kept.record.recorded == recorded
+    stream = plm.stream(model, ["MKT", "1"], seed=1, max_length=40)
+    pieces = [next(stream)]
+    assert model.steps.kept is None
+    assert write() == wanted and model.steps.kept is not kept
+    pieces += stream
+    assert sorted(piece.sample.ids for piece in pieces if piece.sample) == sorted(wanted)
+    assert model.steps.kept is kept
+    assert copy.deepcopy(model.steps).kept is None
+    other = replace(model, net=copy.deepcopy(model.net))
+    plm.generate(other, "MKT", seed=1, max_length=40)
+    assert other.steps.kept is not kept
+    monkeypatch.setattr("plm.writing.KEPT_BYTES", 1)
+    assert write() == wanted and model.steps.kept is None
 
 
 def test_the_loop_writes_the_same(net: ProGen2) -> None:

@@ -70,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.invariance": {"torch", "plm_kernels"},
     "plm.loading": {
         *("torch", "plm_weights", "plm.families", "plm.placement", "plm.encoder_graphs", "plm.invariance"),
+        *("plm.graphs", "plm.recording"),
         *BASICS,
     },
     "plm.previews": {"torch", "plm_weights", "plm.families", "plm.loading"},
