@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_device import DEVICE
 from test_encoder_graphs import LENGTHS, batch_of
-from tiny import igbert, progen2_model, writing_progen2
+from tiny import encoder_alone, igbert, progen2_model, writing_progen2
 
 import plm
 from plm.encoder_graphs import graphs_off
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 MODELS: dict[str, Callable[[], plm.Model]] = {
     "esm": lambda: plm.load("plm-mini", device="cpu"),
     "bert": igbert,
+    "t5": encoder_alone,  # whose bias takes the Triton kernel; where there is none, nothing is recorded
     "progen2": progen2_model,
 }
 
@@ -31,8 +32,8 @@ def test_recorded_passes_give_the_same(name: str) -> None:
         for lengths in LENGTHS:
             batch = batch_of(lengths, seed).to(DEVICE)
             found, wanted = model.graphs.hidden(model.net, batch), model.net.encode(batch).hidden
-            # Two programs in bfloat16: 8 bits on states of up to 10 through a few layers.
-            assert (found - wanted).abs().max() < 0.3, (lengths, seed)
+            # Two programs in bfloat16, whose spacing is 0.8 % of a number, through a few layers.
+            assert (found - wanted).abs().max() < 0.03 * wanted.abs().max(), (lengths, seed)
             again = model.graphs.hidden(model.net, batch)
             assert torch.equal(found, again), (lengths, seed)
     assert model.graphs.broken is None and all(model.graphs.passes.values())
@@ -46,7 +47,7 @@ def test_verbs_are_recorded() -> None:
         found = plm.embed(model, sequences)
     with graphs_off():
         wanted = plm.embed(model, sequences)
-    assert all((one - other).abs().max() < 0.3 for one, other in zip(found, wanted, strict=True))
+    assert all((one - other).abs().max() < 0.03 * other.abs().max() for one, other in zip(found, wanted, strict=True))
     assert model.graphs.broken is None and any(model.graphs.passes.values())
 
 

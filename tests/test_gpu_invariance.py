@@ -213,8 +213,8 @@ def test_same_bits_on_a_gpu(name: str, dtype: torch.dtype) -> None:
             assert torch.equal(*values)
     plain = plm.embed(replace(model, batch_invariant=False), sequences)
     for ours, others in zip(plm.embed(model, sequences), plain, strict=True):
-        # Roundings of the dtype through a few layers; states are of the size of 1 to 10.
-        assert (ours - others).abs().max() < (0.3 if dtype == torch.bfloat16 else 1e-3)
+        # Two programs in one dtype, through a few layers; bfloat16's spacing is 0.8 % of a number.
+        assert (ours - others).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-4) * others.abs().max()
 
 
 def test_halved_batches_stay_within() -> None:

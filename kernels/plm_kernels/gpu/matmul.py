@@ -91,9 +91,12 @@ def product_kernel(
     p_columns = p_weight + o_n.to(tl.int64)[None, :] * stride_weight + o_k[:, None]  # [BK, BN]
     sums = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(0, K, BK):
-        m_k = o_k < K - first
-        x = tl.load(p_rows + first, mask=m_m[:, None] & m_k[None, :], other=0.0)
-        weight = tl.load(p_columns + first, mask=m_n[None, :] & m_k[:, None], other=0.0)
+        m_x, m_weight = m_m[:, None], m_n[None, :]
+        if K % BK != 0:  # which is known when the kernel is compiled
+            m_k = o_k < K - first
+            m_x, m_weight = m_x & m_k[None, :], m_weight & m_k[:, None]
+        x = tl.load(p_rows + first, mask=m_x, other=0.0)
+        weight = tl.load(p_columns + first, mask=m_weight, other=0.0)
         sums = tl.dot(x, weight, sums, input_precision="ieee")
     if HAS_BIAS:
         sums += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
