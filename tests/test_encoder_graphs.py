@@ -26,8 +26,8 @@ from plm.recording import GraphWarning
 from plm_kernels import batch_invariant
 
 LENGTHS = ((3, 17, 1, 30), (38,), (1,), (5, 5, 5), (16,), (2, 38, 38, 38, 7, 1, 1, 1))
-# Two float64 programs that add in another order; states reach 10.
-FLOAT64 = 1e-11
+# Two float64 programs that add in another order: 7e-15 is seen on states of up to 4.
+FLOAT64 = 1e-13
 
 
 def esm2() -> plm.Model:
