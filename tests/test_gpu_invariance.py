@@ -14,7 +14,7 @@ import pytest
 import torch
 from command_line import Plm
 from kernel_device import DEVICE
-from tiny import ankh, igbert, progen2_model
+from tiny import ankh, igbert, progen2_model, prott5
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +41,7 @@ MODELS: dict[str, Callable[[], plm.Model]] = {
     "esm": lambda: plm.load(Path(__file__).parent / "golden/esm/esm2_tiny", device="cpu"),
     "bert": igbert,
     "t5": ankh,
+    "t5 tied": prott5,
     "progen2": progen2_model,
 }
 
@@ -131,9 +132,9 @@ def test_every_product_of_a_model_is_the_kernels(name: str, monkeypatch: pytest.
 
     def logits(rows: Sequence[Sequence[int]]) -> list[Tensor]:
         batch = Packed.from_ids(rows, device)
-        decoder = {"decoder": Packed.from_ids([[0, 5]] * len(rows), device)} if name == "t5" else {}
+        decoder = {"decoder": Packed.from_ids([[0, 5]] * len(rows), device)} if name.startswith("t5") else {}
         out = net(batch, **decoder)
-        return [*batch.split(out.hidden if name != "t5" else out.encoder_hidden), *out.logits.split(1)]
+        return [*batch.split(out.encoder_hidden if name.startswith("t5") else out.hidden), *out.logits.split(1)]
 
     wanted = logits(ids)
     by_triton = partial(product, backend="triton")

@@ -72,6 +72,21 @@ def test_every_activation(activation: str) -> None:
     assert tuple(FORMULAS) == matmul.FUSED
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_nothing_is_written_beside_the_result(dtype: torch.dtype) -> None:
+    """Tiles reach beyond the last row and the last output."""
+    x, weight, bias = operands(70, 40, 20, dtype)
+    tile = matmul.tiles(20, dtype)
+    guarded = torch.full((80, 20), 7.0, dtype=dtype, device=DEVICE)
+    shape = dict(zip(("BM", "BN", "BK"), tile[:3], strict=True))
+    numbers = (70, 20, x.stride(0), weight.stride(0))
+    matmul.product_kernel[(-(-70 // tile.rows),)](
+        *(x, weight, bias, guarded[5:], *numbers), K=40, HAS_BIAS=True, ACTIVATION="none", GROUP=8, **shape
+    )
+    assert (guarded[:5] == 7).all() and (guarded[75:] == 7).all()
+    assert torch.equal(guarded[5:75], product(x, weight, bias, backend="triton"))
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 def test_activations_that_are_not_fused(activation: str) -> None:
     x, weight, bias = operands(9, 24, 40, torch.float32)
