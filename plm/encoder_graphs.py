@@ -12,7 +12,7 @@ Nothing here has run on a GPU yet. Letters: n packed tokens, c channels.
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -105,7 +105,8 @@ class Graphs:
 
     def clear(self) -> None:
         """Forget all passes, and free their memory."""
-        self.passes: OrderedDict[Bucket, Any] = OrderedDict()  # (result, run), or None of one that came only once
+        # Where a result lies and what repeats the pass; None where it came only once.
+        self.passes: OrderedDict[Bucket, tuple[Tensor, Callable[[], None]] | None] = OrderedDict()
         self.record = self.given
         self.stream: Any = None
 
@@ -133,10 +134,10 @@ class Graphs:
         weights = weights_of(net)
         if weights != self.weights:
             self.clear()
-            self.weights, self.able = weights, recordable(net)
-        if weights is None or not self.able:
-            return False
+            self.weights, self.able, self.limit = weights, recordable(net), most_tokens(net)
         assert self.limit is not None
+        if weights is None or not self.able or rounded_up(len(batch.tokens)) > self.limit:
+            return False
         stream = torch.cuda.current_stream() if batch.tokens.is_cuda else None
         if self.record is None or self.stream != stream:
             if self.passes:
@@ -169,14 +170,14 @@ class Graphs:
                 self.clear()
                 warnings.warn(f"no CUDA graph could be recorded, passes are launched: {self.broken}", GraphWarning, 3)
                 return net.encode(batch, layer=layer).hidden
+        result, run = found or (work(), None)
         self.passes[bucket] = found
         while len(self.passes) > KEPT:
             self.passes.popitem(last=False)
-        if found is None:
-            return work()[:count]
-        result, run = found
+        if run is None:
+            return result[:count]
         run()
-        return result[:count].clone()  # type: ignore[no-any-return]
+        return result[:count].clone()
 
     def fill(self, batch: Packed, bucket: Bucket) -> None:
         """Lay out the batch, its pads, and where segments start. The device is asked for nothing."""
