@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "plm.loading": ("LicenceNotice", "Model", "available", "load"),
+    "plm.processor": ("threads",),
     "plm.packing": ("Packed",),
     "plm.embedding": ("embed",),
     "plm.annotation": ("annotate",),
@@ -56,6 +57,7 @@ __all__ = [
     "read_terms",
     "score",
     "stream",
+    "threads",
     "variants",
     "verify",
 ]
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from plm.generation import Piece, Sample, generate, stream
     from plm.loading import LicenceNotice, Model, available, load
     from plm.packing import Packed
+    from plm.processor import threads
     from plm.scoring import Score, score
     from plm.sequences import InputError
     from plm.structures import Structure

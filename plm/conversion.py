@@ -13,7 +13,7 @@ from torch import Tensor
 from plm.families import CONFIGURED, FAMILIES, Config, Family
 from plm.loading import Opened, locate, open_checkpoint
 from plm.models import esm, proteinbert
-from plm.placement import choose_dtype
+from plm.placement import choose_stored
 from plm_weights import (
     CheckpointError,
     export_weights,
@@ -86,6 +86,7 @@ def convert(
     """
     if to not in get_args(Form):
         raise ValueError(f"form {to!r} is unknown; choose 'plm', 'transformers' or 'original'")
+    stored = None if dtype is None else choose_stored(dtype)
     path, row = locate(source, revision=revision, offline=offline)
     opened = open_checkpoint(path)
     family, config, tokenizer = opened.family, opened.config, tokenizer_files(opened)
@@ -95,9 +96,8 @@ def convert(
     state = opened.state(want)
     if to != "original":
         state = family.loaded(opened.layout, state, config)
-    if dtype is not None:
-        precision = choose_dtype(dtype, torch.device("cpu"))
-        state = {k: v if k in family.always_float32 else v.to(precision) for k, v in state.items()}
+    if stored is not None:
+        state = {k: v if k in family.always_float32 else v.to(stored) for k, v in state.items()}
     WRITERS[to](state, config, files[-1] if to == "original" else Path(target), tokenizer)
     return files
 

@@ -61,6 +61,7 @@ class Family:
     auto: torch.dtype | None = None  # what "auto" means on every device, where it is not float32 or bfloat16 by device
     no_float16: str | None = None  # why not
     no_8_bits: str | None = None
+    no_mixed: str | None = None
     notice: Callable[[Any], str | None] = lambda config: None  # said when it is loaded
 
 
@@ -146,6 +147,7 @@ FAMILIES = (
         no_float16="products of pairs in the trunk of an ESMFold exceed 65,504, the largest float16, and turn into "
         "infinities (the language model stays in the float16 of its file when float32 is asked for)",
         no_8_bits="8 bits serve what writes token by token; what they do to structures is not known",
+        no_mixed="an ESMFold mixes the two by itself: in bfloat16 its structure module and confidence stay in float32",
     ),
     Family(
         name="esm",
@@ -217,6 +219,7 @@ FAMILIES = (
         original_rows=lambda config: published_proteinbert.published_rows(asdict(config)),
         original_file="weights.pkl",
         tokenizer=lambda config: vocabularies.proteinbert_tokenizer(),
+        no_mixed="a ProteinBERT spends its time on convolutions, which are in one dtype",
     ),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

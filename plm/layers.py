@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Self
 
 import torch
@@ -68,20 +69,28 @@ class PackedWeight:
         if torch.is_grad_enabled():
             self.made_from = None  # whoever trains changes the weight, and not always so that it shows below
             return None
-        if torch.is_autocast_enabled(self.device) or not _packing.get():
+        if torch.is_autocast_enabled(self.device) or x.device.type != self.device or x.dtype != weight.dtype:
             return None
-        if x.device.type != self.device or x.dtype != weight.dtype or weight.is_inference():
+        return self.made(weight)
+
+    def made(self, weight: Tensor) -> Tensor | None:
+        """What ``pack`` makes of ``weight``, on any device; None where gradients are wanted or nothing is packed."""
+        if torch.is_grad_enabled():
+            self.made_from = None
+            return None
+        if not _packing.get() or weight.is_inference():
             return None
         if (scope := _unchanged.get()) is not None and scope is self.seen_in:
             return self.packed
         self.seen_in = scope
         state = (weight.data_ptr(), weight._version, weight.dtype)
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # numbers cannot be looked at while a graph is made
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():  # numbers cannot be looked at meanwhile
             return self.packed if self.made_from == state else None
         # Fused optimizers and edits of ``weight.data`` do not count versions; they change a sample of the numbers. Its
-        # odd step comes by all columns and taps.
-        sample = weight.detach().flatten()[:: weight.numel() // 64 | 1]
-        if self.made_from != state or not torch.equal(self.sample, sample):
+        # odd step comes by all columns and taps. A GPU would have to be waited for, so there versions have to do.
+        watched = weight.detach().flatten() if weight.device.type == "cpu" else weight.new_empty(0)
+        sample = watched[:: weight.numel() // 64 | 1]
+        if self.made_from != state or (weight.device.type == "cpu" and not torch.equal(self.sample, sample)):
             self.packed, self.made_from, self.sample = self.pack(weight), state, sample.clone()
         return self.packed
 
@@ -107,15 +116,26 @@ class LayerNorm(nn.LayerNorm):
         return add_layer_norm(x, delta, self.weight, self.bias, self.eps)
 
 
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in ``dtype``, packed where that is possible."""
+    narrow = weight.detach().to(dtype)
+    packed = pack_weight(narrow)
+    return narrow if packed is None else packed
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` that predicts on packed weights on a CPU, with an activation in the same pass.
 
     Its weight may be kept in 8 bits (see ``plm_kernels.eight_bit``): then ``scale`` is there, and it only predicts.
+
+    Or its products are in ``products``, a narrower dtype than that of its weight: input and weight are rounded to it,
+    sums and the bias are in float32, and the result is in it, as under torch's autocast. Gradients are the weight's.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
         self.packed = PackedWeight()
+        self.products: torch.dtype | None = None
         self.scale: Tensor | None
         self.register_buffer("scale", None)
 
@@ -125,14 +145,28 @@ class Linear(nn.Linear):
             whole, self.scale = eight_bits(self.weight)
             self.weight = nn.Parameter(whole, requires_grad=False)
 
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """Round inputs and weights to ``dtype`` from now on. The weight itself stays what it is."""
+        self.products, self.packed = dtype, PackedWeight(partial(rounded, dtype=dtype))
+
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         """``[n, i] -> [n, o]``."""
         if self.scale is not None:
             return ACTIVATIONS[activation].formula(self.in_8_bits(x, self.scale))
+        if self.products is not None:
+            return self.narrowly(x, self.products, activation)
         packed = self.packed.of(x, self.weight)
         if packed is not None:
             return linear(x, packed, self.bias, activation)
         return product(x, self.weight, self.bias, activation)
+
+    def narrowly(self, x: Tensor, dtype: torch.dtype, activation: Activation) -> Tensor:
+        """Products in ``dtype``, on a weight that was rounded and packed once, unless gradients are wanted."""
+        x, weight = x.to(dtype), self.packed.made(self.weight)
+        if weight is not None and weight.is_mkldnn:
+            return linear(x, weight, self.bias, activation)  # a bias in float32 is added to the sums as it is
+        weight = self.weight.to(dtype) if weight is None else weight
+        return product(x, weight, None if self.bias is None else self.bias.to(dtype), activation)
 
     def in_8_bits(self, x: Tensor, scale: Tensor) -> Tensor:
         """Few rows on the whole numbers themselves; many on the same numbers in bfloat16, packed when first needed.

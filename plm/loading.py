@@ -17,7 +17,8 @@ from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
 from plm.graphs import Graphed
 from plm.invariance import check_promise
 from plm.layers import Linear
-from plm.placement import DTYPES, EIGHT_BIT, choose_device, choose_dtype, kept_in
+from plm.placement import DTYPES, EIGHT_BIT, MIXED, Precision, choose_device, choose_precision, kept_in
+from plm.processor import bfloat16_unit
 from plm.recording import Lent
 from plm.tokens import Tokenizer, checked
 from plm_weights import (
@@ -83,6 +84,7 @@ class Model:
     tokenizer: Tokenizer
     checkpoint: Origin
     weights: str = ""  # how linear weights are kept, if not in the dtype: "int8"
+    products: torch.dtype | None = None  # in what linear layers multiply, if not in the dtype: bfloat16
     batch_invariant: bool = False  # see ``load``
     # What is recorded on CUDA: passes of its encoder, and steps of its writing.
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False)
@@ -94,7 +96,13 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
+        """What its parameters are kept in, those in 8 bits aside, and what it gives."""
         return self.net.embed.weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """The name that ``load`` takes for it."""
+        return Precision(self.dtype, self.products, self.weights == EIGHT_BIT).name
 
 
 class Notice(UserWarning):
@@ -103,6 +111,10 @@ class Notice(UserWarning):
 
 class LicenceNotice(Notice):
     """These weights may not be used for every purpose."""
+
+
+class SpeedNotice(Notice):
+    """Another choice is faster on this machine."""
 
 
 class VocabularyNotice(Notice):
@@ -191,9 +203,11 @@ def load(
             linear weights (the heads' aside) in 8 bits with a scale per output, and computes in bfloat16. On a CPU that
             writes one sequence at a time the fastest (what reads many tokens at once keeps the weights in bfloat16
             beside them); on CUDA it saves memory, not time. It rounds weights by about 0.8 % of their size, where
-            bfloat16 rounds them by 0.2 %. Of an ESMFold "auto" is float32 everywhere, and with float32 the layers of
-            its language model stay in the half precision in which they are stored, to be widened one by one; with
-            bfloat16 its structure module and confidence stay in float32.
+            bfloat16 rounds them by 0.2 %. "float32-bfloat16" (or "fp32-bf16") keeps parameters, the sum that runs
+            through the layers, norms and heads in float32, and takes the products of the layers, and attention, in
+            bfloat16. Of an ESMFold "auto" is float32 everywhere, and with float32 the layers of its language model stay
+            in the half precision in which they are stored, to be widened one by one; with bfloat16 its structure module
+            and confidence stay in float32.
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
         batch_invariant: on CUDA, ``embed``, ``score`` and ``variants`` give a sequence the same bits alone or in any
@@ -204,36 +218,37 @@ def load(
 
     Warns:
         LicenceNotice: the weights may not be used commercially (Ankh).
+        SpeedNotice: a CPU without instructions for bfloat16, on which float32 is the faster one.
         VocabularyNotice: a T5 with a vocabulary that nobody published, and no file beside the weights that tells it.
 
     Raises:
-        ValueError: a T5 or an ESMFold in float16, which overflows, or an ESMFold in 8 bits; or ``batch_invariant``
-            where it cannot be kept, with the reason.
+        ValueError: a T5 or an ESMFold in float16, which overflows, an ESMFold in 8 bits, or an ESMFold or a ProteinBERT
+            in float32-bfloat16; or ``batch_invariant`` where it cannot be kept, with the reason.
         UnknownModelError: no such name, with near ones.
         DownloadError: the files could not be fetched.
         CheckpointError: the files are torn, foreign, hostile or incomplete, or hold a NaN or an infinity.
     """
     at = choose_device(device)
-    eight_bit = dtype in (EIGHT_BIT, torch.int8)
-    precision = torch.bfloat16 if eight_bit else choose_dtype(dtype, at)
+    precision = choose_precision(dtype, at)
     path, row = locate(source, revision=revision, offline=offline)
     opened = open_checkpoint(path)
     family = opened.family
     if dtype in (None, "auto"):
-        precision = family.auto or precision
+        precision = Precision(family.auto) if family.auto else precision
     for refused, asked, why in (
-        ("float16", precision == torch.float16, family.no_float16),
-        (EIGHT_BIT, eight_bit, family.no_8_bits),
+        ("float16", precision.dtype == torch.float16, family.no_float16),
+        (EIGHT_BIT, precision.eight_bit, family.no_8_bits),
+        (MIXED, precision.products is not None, family.no_mixed),
     ):
         if asked and why:
             raise ValueError(f"dtype {refused} cannot be used: {why}. Choose bfloat16 or float32.")
     if batch_invariant:
         heads, head_size = (getattr(opened.config, name, 1) for name in ("heads", "head_size"))
-        check_promise(family.name, heads, head_size, at, EIGHT_BIT if eight_bit else precision)
+        check_promise(family.name, heads, head_size, at, DTYPES.get(precision.name, precision.name))
     tokenizer = opened.tokenizer()
     if row is not None and row.pairs is False:
         tokenizer = replace(tokenizer, separator=None)
-    net = build(opened, at, precision, eight_bit=eight_bit)
+    net = build(opened, at, precision)
     notice = family.notice(opened.config)
     if notice:
         warnings.warn(notice, LicenceNotice, stacklevel=2)
@@ -242,10 +257,14 @@ def load(
         warnings.warn(
             f"no published T5 has {size} tokens, so Ankh's letters are assumed: {advice}", VocabularyNotice, 2
         )
+    if at.type == "cpu" and precision.name in ("bfloat16", MIXED) and not bfloat16_unit():
+        advice = "float32 is the faster dtype here; bfloat16 halves memory"
+        warnings.warn(f"this CPU has no instructions for bfloat16: {advice}", SpeedNotice, 2)
     files = tuple(WeightFile(file) for file in opened.tensors.files)
     came = origin(path, row, family.name, revision, files)
     came = came if row or not notice else replace(came, licence=notice)
-    return Model(net, tokenizer, came, EIGHT_BIT if eight_bit else "", batch_invariant=batch_invariant)
+    weights = EIGHT_BIT if precision.eight_bit else ""
+    return Model(net, tokenizer, came, weights, precision.products, batch_invariant)
 
 
 def origin(
@@ -275,21 +294,24 @@ def local_name(path: Path) -> str:
     return path.stem.removesuffix(".tar")
 
 
-def build(opened: Opened, device: torch.device, dtype: torch.dtype, *, eight_bit: bool = False) -> Network:
-    """The network of an opened checkpoint, filled and in eval mode; ``eight_bit``: its linear weights in 8 bits."""
+def build(opened: Opened, device: torch.device, precision: Precision) -> Network:
+    """The network of an opened checkpoint, filled and in eval mode."""
     family = opened.family
     with torch.device("meta"):
         net = family.network(opened.config)
     state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
-    narrow = [name for name, module in net.named_modules() if isinstance(module, Linear) and name not in HEADS]
-    as_stored = {f"{name}.weight" for name in narrow} if eight_bit else set()
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, Linear) and name not in HEADS}
+    as_stored = {f"{name}.weight" for name in layers} if precision.eight_bit else set()
     for name in list(state):  # one at a time, so that a cast or a move holds a single tensor twice
         stored = state[name].dtype
-        state[name] = state[name].to(device, stored if name in as_stored else kept_in(family, name, stored, dtype))
+        kept = stored if name in as_stored else kept_in(family, name, stored, precision.dtype)
+        state[name] = state[name].to(device, kept)
     net.load_state_dict(state, assign=True)
-    for name, module in net.named_modules():
-        if isinstance(module, Linear) and f"{name}.weight" in as_stored:
-            module.keep_8_bits()
+    for name, layer in layers.items():
+        if precision.eight_bit:
+            layer.keep_8_bits()
+        elif precision.products and "blocks" in name.split("."):  # what is beside them gives results, or is small
+            layer.multiply_in(precision.products)
     return net.eval()
 
 

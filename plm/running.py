@@ -199,7 +199,7 @@ def default_max_tokens(model: Model) -> int:
     """
     if model.device.type == "cuda":
         return 65_536
-    widest = model.net.config.widest * model.dtype.itemsize
+    widest = model.net.config.widest * (model.products or model.dtype).itemsize
     return max(1_024, min(4_096, (32 << 20) // widest))
 
 
@@ -234,9 +234,10 @@ def run(
 def check_finite(model: Model, i: int, result: Tensor) -> None:
     """Raises: FloatingPointError if the result of sequence ``i`` has a NaN or an infinity."""
     if not result.isfinite().all():
-        advice = "" if model.dtype == torch.float32 else ", or use dtype='float32'"
+        advice = "" if model.precision == "float32" else ", or use dtype='float32'"
         raise FloatingPointError(
-            f"sequence {i + 1} gave a NaN or an infinity in {model.dtype}; check the weights with `plm verify`{advice}"
+            f"sequence {i + 1} gave a NaN or an infinity in {model.precision}; check the weights with "
+            f"`plm verify`{advice}"
         )
 
 

@@ -96,9 +96,9 @@ def verify(
 
     Args:
         source: anything ``load`` takes; a folder or file is matched with the registry by its name.
-        dtype: "auto" is float32 on every device. In bfloat16 and float16 the allowed difference to published values
-            grows by eight units in the last place of the largest of them, and that to another library by twice what
-            the library itself loses in that dtype; the report says so.
+        dtype: "auto" is float32 on every device. In bfloat16 (of products alone, too) and float16 the allowed
+            difference to published values grows by eight units in the last place of the largest of them, and that to
+            another library by twice what the library itself loses in that dtype; the report says so.
 
     Raises: as ``load``.
     """
@@ -106,7 +106,7 @@ def verify(
         source, device=device, dtype="float32" if dtype == "auto" else dtype, revision=revision, offline=offline
     )
     findings = [*published_values(model), *other_library(model, locate(source, revision=revision, offline=offline)[0])]
-    return Report(model.checkpoint.name, str(model.device), str(model.dtype).removeprefix("torch."), tuple(findings))
+    return Report(model.checkpoint.name, str(model.device), model.precision, tuple(findings))
 
 
 def published_values(model: Model) -> Iterator[Finding]:
@@ -121,12 +121,13 @@ def published_values(model: Model) -> Iterator[Finding]:
     sizes = ("layers", "blocks", "channels")  # blocks are those of a folding trunk
     if any(getattr(config, size) != row.config[size] for size in sizes if row.config and size in row.config):
         return
-    coarse = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize == 2 else 0.0
+    narrow = model.products or model.dtype
+    coarse = 8 * torch.finfo(narrow).eps if narrow.itemsize == 2 else 0.0
     for check in row.checks:
         largest = max(abs(value) for row in check.expected for value in row)
         slack = check.absolute + check.relative * largest
         allowed = f"{check.absolute:g} + {check.relative:g}·|x|" + (
-            f" + {coarse * largest:.2g} ({model.dtype})" if coarse else ""
+            f" + {coarse * largest:.2g} ({narrow})" if coarse else ""
         )
         error = check.error(values(model, check)) * slack / (slack + coarse * largest)
         yield Finding(describe(check), check.source, error, allowed)
@@ -206,13 +207,14 @@ def other_library(model: Model, path: Path) -> Iterator[Finding]:
     if (answer := peers.theirs(opened, question, torch.float32)) is None:
         return
     name, wanted = answer
-    coarse = peers.theirs(opened, question, model.dtype) if model.dtype.itemsize == 2 else None
+    narrow = model.products or model.dtype
+    coarse = peers.theirs(opened, question, narrow) if narrow.itemsize == 2 else None
     for what, ours in peers.ours(model.net, question).items():
         bound = 10 * FLOAT32_ERROR[opened.family.name] * wanted[what].abs().max().item()
         allowed = f"{bound:.2g}"
         if coarse is not None:
             lost = 2 * largest_difference(coarse[1][what], wanted[what])
-            bound, allowed = bound + lost, f"{allowed} + {lost:.2g} ({model.dtype})"
+            bound, allowed = bound + lost, f"{allowed} + {lost:.2g} ({narrow})"
         error = largest_difference(ours, wanted[what]) / bound
         yield Finding(f"{what} of {len(question.batch)} sequences", f"{name}, float32 on this CPU", error, allowed)
 

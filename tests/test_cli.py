@@ -48,10 +48,10 @@ def test_written_out_choices_are_those_of_the_library() -> None:
     from plm.conversion import Form
     from plm.embedding import Pool
     from plm.esmfold import chains
-    from plm.loading import DTYPES, EIGHT_BIT
     from plm.outputs.proteins import ENDS
     from plm.outputs.rows import LAYOUTS
     from plm.outputs.writer import DTYPES as STORED
+    from plm.placement import DTYPES, EIGHT_BIT, NAMES
     from plm.scoring import How
     from plm.structures import Numbering
 
@@ -69,7 +69,7 @@ def test_written_out_choices_are_those_of_the_library() -> None:
     assert {f".{name}" for name in fold.FORMATS} < set(ENDS) and set(fold.NUMBERINGS) == set(get_args(Numbering))
     assert (fold.LINKER, fold.RESIDUE_GAP) == (chains.LINKER, chains.RESIDUE_GAP)
     assert get_args(Form) == command_modules["convert"].FORMS
-    assert ("auto", *DTYPES) == options.DTYPES and (*options.DTYPES, EIGHT_BIT) == options.LOADED
+    assert ("auto", *DTYPES) == options.DTYPES and (*options.COMPUTED, EIGHT_BIT) == options.LOADED == ("auto", *NAMES)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ VERBS = {
     "plm.mmcif",
     "plm.conversion",
     "plm.verification",
+    "plm.processor",
     "plm.running",
     "plm.plots",
 }
@@ -66,11 +67,12 @@ ALLOWED: dict[str, set[str]] = {
     "plm.graphs": {"torch", "plm_kernels", "plm.models.progen2", "plm.recording", *BASICS},
     "plm.encoder_graphs": {"torch", "plm_kernels", "plm.models", "plm.recording", *BASICS},
     "plm.families": {"torch", "plm_weights", "plm.models", "plm.esmfold", *BASICS},
-    "plm.placement": {"torch", "plm.families"},
+    "plm.processor": {"torch"},
+    "plm.placement": {"torch", "plm.families", "plm.processor"},
     "plm.invariance": {"torch", "plm_kernels"},
     "plm.loading": {
-        *("torch", "plm_weights", "plm.families", "plm.placement", "plm.encoder_graphs", "plm.invariance"),
-        *("plm.graphs", "plm.recording"),
+        *("torch", "plm_weights", "plm.families", "plm.placement", "plm.processor", "plm.encoder_graphs"),
+        *("plm.invariance", "plm.graphs", "plm.recording"),
         *BASICS,
     },
     "plm.previews": {"torch", "plm_weights", "plm.families", "plm.loading"},

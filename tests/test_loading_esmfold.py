@@ -145,7 +145,7 @@ def test_float32_keeps_the_language_models_halves(monkeypatch: pytest.MonkeyPatc
     assert set(rest.values()) == {torch.float32} and model.dtype == torch.float32
     block = net_of(model).stem.blocks[1]
     assert torch.equal(block.up.weight, stored["esm.encoder.layer.1.intermediate.dense.weight"])
-    monkeypatch.setattr("plm.loading.choose_dtype", lambda dtype, device: torch.bfloat16)
+    monkeypatch.setattr("plm.placement.choose_dtype", lambda dtype, device: torch.bfloat16)
     assert equal(plm.load(HUB).net.state_dict(), model.net.state_dict())
 
 
@@ -169,7 +169,14 @@ def test_bfloat16_leaves_the_structure_module_alone() -> None:
     assert (coarse.plddt - fine.plddt).abs().max() < 2 * 0.47
 
 
-@pytest.mark.parametrize(("dtype", "why"), [("float16", "65,504"), ("int8", "what they do to structures is not known")])
+@pytest.mark.parametrize(
+    ("dtype", "why"),
+    [
+        ("float16", "65,504"),
+        ("int8", "what they do to structures is not known"),
+        ("float32-bfloat16", "mixes the two by itself"),
+    ],
+)
 def test_dtypes_that_are_refused(dtype: str, why: str) -> None:
     with pytest.raises(ValueError, match=rf"dtype {dtype} cannot be used: .*{why}.* Choose bfloat16 or float32"):
         plm.load(HUB, dtype=dtype)

@@ -69,8 +69,13 @@ def pack_weight(weight: Tensor) -> Tensor | None:
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
-    """``x @ weight.T + bias`` on a packed weight, then the activation: ``[n, i] -> [n, o]``. No gradient."""
+    """``x @ weight.T + bias`` on a packed weight, then the activation: ``[n, i] -> [n, o]``. No gradient.
+
+    In bfloat16 the bias may be float32: it is added before anything is rounded.
+    """
     _, name, form = ACTIVATIONS[activation]
+    if bias is not None and bias.dtype != x.dtype and not wide_bias_available():
+        bias = bias.to(x.dtype)
     count = x.shape[0]
     if count >= LEAST:
         return _operator()(x.contiguous(), packed, bias, name, [], form)
@@ -79,6 +84,18 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: Activatio
     # One row alone takes a matrix-vector kernel with other rounding, and two or three rows take longer than four.
     padded = torch.cat((x, x[:1].expand(LEAST - count, -1)))
     return _operator()(padded, packed, bias, name, [], form)[:count]
+
+
+@cache
+def wide_bias_available() -> bool:
+    """Whether the operator adds a bias in float32 to products in bfloat16."""
+    rows, bias = torch.eye(2, 16, dtype=torch.bfloat16), torch.full((16,), 2.0**-20)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16))
+        found = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(found, bias.to(torch.bfloat16).expand(2, -1))
 
 
 @cache

@@ -32,7 +32,12 @@ class Turns:
 
 
 def rotary_half(x: Tensor, turns: Turns) -> Tensor:
-    """Rotate channel ``i`` with ``i + d/2``: ``[n, h, d] -> [n, h, d]`` (ESM-2, GPT-NeoX, LLaMA)."""
+    """Rotate channel ``i`` with ``i + d/2``: ``[n, h, d] -> [n, h, d]`` (ESM-2, GPT-NeoX, LLaMA).
+
+    In the dtype of the turns, which may be wider than that of ``x``; then the result is rounded once.
+    """
+    if x.dtype != turns.cos.dtype:
+        return rotary_half(x.to(turns.cos.dtype), turns).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     cos = torch.cat((turns.cos, turns.cos), dim=-1)
     sin = torch.cat((-turns.sin, turns.sin), dim=-1)
@@ -43,10 +48,14 @@ def rotary_half(x: Tensor, turns: Turns) -> Tensor:
 def rotary_pairs(x: Tensor, turns: Turns) -> Tensor:
     """Rotate channel ``2 i`` with ``2 i + 1`` in the first ``2 r`` channels of each head (GPT-J, ProGen2).
 
+    In the dtype of the turns, as ``rotary_half``.
+
     In half precision without gradients on a CPU these pairs are complex numbers: a quarter of the time, and one
     rounding in place of three. Not in float32: a vector unit and its scalar tail round a complex product in two ways,
     and a token's bits would depend on its place in the batch.
     """
+    if x.dtype != turns.cos.dtype:
+        return rotary_pairs(x.to(turns.cos.dtype), turns).to(x.dtype)
     rotated = 2 * turns.cos.shape[-1]
     pairs = x[..., :rotated].unflatten(-1, (-1, 2))
     if x.dtype.itemsize > 2 or torch.is_grad_enabled() or x.device.type != "cpu":

@@ -18,7 +18,7 @@ from plm.cli import options
 from plm.cli.table import table
 
 EXTRAS = ("h5py", "pyarrow", "matplotlib", "triton")
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 GRAPHED = ("esm2-8m", "esm2-35m", "esm2-150m", "esm2-650m", "igbert", "ankh-base", "progen2-small")  # to name a few
 OVERHEAD = 1.3  # a batch and the program itself, over the weights; an estimate
@@ -78,9 +78,27 @@ def cpu() -> str:
 
 def cpu_features() -> list[str]:
     """Of the instructions that matter for speed, those which this processor has (Linux)."""
-    text = Path("/proc/cpuinfo").read_text()
-    flags = next(line for line in text.splitlines() if line.startswith(("flags", "Features"))).split()
+    from plm.processor import CPUINFO, cpu_flags
+
+    if not (flags := cpu_flags()):
+        raise OSError(f"{CPUINFO} tells nothing")
     return [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def cpu_dtypes() -> str:
+    """How each dtype is multiplied in on this processor, and which are the fastest."""
+    import torch
+
+    from plm.placement import fast_dtypes
+    from plm.processor import bfloat16_unit
+    from plm_kernels import packing_available
+
+    def packed(dtype: torch.dtype) -> str:
+        return "packed by oneDNN" if packing_available(dtype) else "as torch multiplies (not packed)"
+
+    unit = bfloat16_unit() or "no instructions for it, so slower than float32"
+    fastest = ", then ".join(fast_dtypes(torch.device("cpu")))
+    return f"float32 {packed(torch.float32)}; bfloat16 {packed(torch.bfloat16)}: {unit}; fastest: {fastest}"
 
 
 def packed_weights() -> bool:
@@ -194,6 +212,7 @@ PROBES: dict[str, Callable[[], object]] = {
     "cpu": cpu,
     "cpu features": cpu_features,
     "packed weights (oneDNN)": packed_weights,
+    "cpu dtypes": cpu_dtypes,
     "cuda": cuda,
     "varlen attention in torch": varlen,
     "kernels on the gpu": kernels,

@@ -20,7 +20,7 @@ import click
 
 import plm
 from plm.cli.errors import Code, usage
-from plm.cli.loading import note, usable_device, while_loading
+from plm.cli.loading import note, usable_device, use_threads, while_loading
 from plm.sequences import Duplicates, InputError, Naming, OnStop, Reading, read_records
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Job:
     device: str
     dtype: str
     max_tokens: int | None
+    threads: int | None
     seed: int | None
     revision: str | None
     offline: bool
@@ -101,12 +102,15 @@ class Job:
     def load(self, check: "Callable[[Model], object]") -> "Model":
         """Load the model, once ``check`` has let pass what is known of it by name, and again as it is.
 
+        From here to the end of the command torch has the threads that were asked for.
+
         Raises: click.BadParameter for the device or the dtype; click.UsageError where ``check`` raises a ValueError;
             CheckpointError.
         """
         from plm.loading import load
 
         device = usable_device(self.device)
+        use_threads(self.threads)
         self.foresee(check)
         promised = usage() if self.batch_invariant else nullcontext()
         with while_loading(self.dtype, self.quiet), promised:
@@ -212,7 +216,7 @@ class Job:
             "sha256": _hashes(origin),
             "licence": origin.licence,
             "citation": origin.citation,
-            "dtype": _precision(model),
+            "dtype": model.precision,
             "device": str(model.device),
             **({"batch_invariant": True} if model.batch_invariant else {}),
             "seed": self.seed,
@@ -276,7 +280,7 @@ class Job:
                 "seconds": round(seconds, 3),
                 f"{unit}_per_second": round(speed, 1),
                 "device": str(model.device),
-                "dtype": _precision(model),
+                "dtype": model.precision,
                 "model": origin.name,
                 "revision": origin.revision,
                 "output": output,
@@ -287,7 +291,7 @@ class Job:
         if not self.quiet:
             name = f"{origin.name}@{origin.revision[:8]}" if origin.revision else origin.name
             done = f"{', '.join(_count(*item) for item in counts.items())} in {seconds:.1f} s"
-            how = f"{speed:,.0f} {unit}/s on {model.device} in {_precision(model)} with {name}"
+            how = f"{speed:,.0f} {unit}/s on {model.device} in {model.precision} with {name}"
             drawn = f", seed {seed}" if seed is not None else ""
             where = f" -> {output}" if output not in (None, "-") else ""
             failed = f"; {len(reading.failed):,} failed" if reading.failed else ""
@@ -337,10 +341,6 @@ def _is_same_file(one: str, other: str) -> bool:
 
 def _count(what: str, number: int) -> str:
     return f"{number:,} {what.removesuffix('s') if number == 1 else what}"
-
-
-def _precision(model: "Model") -> str:
-    return model.weights or str(model.dtype).removeprefix("torch.")
 
 
 def _describe_input(source: str, literal: bool) -> dict[str, str | None]:

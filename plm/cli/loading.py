@@ -21,15 +21,22 @@ def usable_device(name: str) -> "torch.device":
         return choose_device(name)
 
 
+def use_threads(count: int | None) -> None:
+    """Let torch have so many from now to the end of the command, however that ends."""
+    from plm.processor import threads
+
+    click.get_current_context().with_resource(threads(count))
+
+
 @contextmanager
 def while_loading(dtype: str, quiet: bool) -> Iterator[None]:
     """Print what the library says of licence and vocabulary as a note, unless all is to be ``quiet``.
 
-    Raises: click.BadParameter for float16 or int8, which some models do not take.
+    Raises: click.BadParameter for a dtype that some models do not take.
     """
     from plm.loading import Notice
 
-    refused = usage("--dtype") if dtype in ("float16", "int8") else nullcontext()
+    refused = usage("--dtype") if dtype in ("float16", "float32-bfloat16", "fp32-bf16", "int8") else nullcontext()
     with warnings.catch_warnings(record=True) as caught, refused:
         warnings.simplefilter("always", Notice)
         yield

@@ -21,7 +21,8 @@ NO_MODEL = (
 NO_FOLDING_MODEL = "choose a model with -m: esmfold. A hub id, a folder or a file works as well."
 # Written out, because asking the library would import torch.
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-LOADED = (*DTYPES, "int8")
+COMPUTED = (*DTYPES, "float32-bfloat16", "fp32-bf16")
+LOADED = (*COMPUTED, "int8")
 
 
 def _model_given(context: click.Context, option: click.Parameter, value: str | None) -> str:
@@ -45,7 +46,13 @@ dtype = click.option(
     type=click.Choice(LOADED),
     default="auto",
     show_default=True,
-    help="auto: bfloat16 on CUDA, else float32. int8: linear weights in 8 bits, all else bfloat16.",
+    help=(
+        "auto: bfloat16 on CUDA, else float32. float32-bfloat16 (fp32-bf16): the layers' products in bfloat16, all "
+        "else float32. int8: linear weights in 8 bits, all else bfloat16."
+    ),
+)
+threads = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads on the CPU; else as many as torch takes by itself."
 )
 revision = click.option("--revision", help="Commit or branch on the hub.")
 offline = click.option("--offline", is_flag=True, help="Use only what is on this machine.")
@@ -76,6 +83,7 @@ _HOW: tuple[Option, ...] = (
     click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), help="Of the samples that generate draws; kept in every output."
     ),
+    threads,
     revision,
     offline,
     click.option("--column", help="Column of a CSV or TSV that holds the sequences."),

@@ -83,6 +83,7 @@ def _models_given(context: click.Context, option: click.Parameter, names: tuple[
 @options.device
 @options.dtype
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens per batch: memory, not results.")
+@options.threads
 @options.revision
 @options.offline
 @options.quiet
