@@ -127,11 +127,12 @@ def embed_rows(
             return list(encoded.global_)
         if pool == "cls":
             return [tokens[0] for tokens in batch.split(encoded.hidden)]
-        inside = [tokens[before : len(tokens) - after] for tokens in batch.split(encoded.hidden)]
         if pool == "card":
-            return [pooled(tokens, "mean") for tokens in inside]
-        shapes = [with_separator(rows[i]) for i in members]
-        chains = [tokens.split(shape) for tokens, shape in zip(inside, shapes, strict=True)]
+            return [pooled(tokens[before : len(tokens) - after], "mean") for tokens in batch.split(encoded.hidden)]
+        # One cut for all of the batch: a call of torch for each sequence would cost more than short ones do themselves.
+        shapes = [[before, *with_separator(rows[i]), after] for i in members]
+        pieces = iter(encoded.hidden.split([length for shape in shapes for length in shape]))
+        chains = [[next(pieces) for _ in shape][1:-1] for shape in shapes]
         if pool is None:
             return [joined(parts[::2]) for parts in chains]
         if per_chain:

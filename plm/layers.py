@@ -19,6 +19,7 @@ from plm_kernels import (
     layer_norm,
     linear,
     linear_8bit,
+    pack_rounded,
     pack_weight,
     product,
 )
@@ -99,7 +100,7 @@ class PackedWeight:
         if x.device.type != "cpu":
             return None
         if self.made_from is None:
-            self.packed = pack_weight(weight.to(torch.bfloat16))
+            self.packed = pack_rounded(weight, torch.bfloat16)
             self.made_from = (weight.data_ptr(), 0, weight.dtype)  # an inference tensor counts no versions
         return self.packed
 
@@ -118,9 +119,8 @@ class LayerNorm(nn.LayerNorm):
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight in ``dtype``, packed where that is possible."""
-    narrow = weight.detach().to(dtype)
-    packed = pack_weight(narrow)
-    return narrow if packed is None else packed
+    packed = pack_rounded(weight, dtype)
+    return weight.detach().to(dtype) if packed is None else packed
 
 
 class Linear(nn.Linear):

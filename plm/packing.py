@@ -48,8 +48,8 @@ class Packed:
                 f"lengths add up to {sum(lengths)}; tokens have shape {[*tokens.shape]}, wanted [{sum(lengths)}]"
             )
         offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
-        ramp = torch.arange(max(lengths, default=0))
-        positions = torch.cat([ramp[:length] for length in lengths])
+        starts = torch.repeat_interleave(offsets[:-1].long(), offsets.diff(), output_size=len(tokens))
+        positions = torch.arange(len(tokens)) - starts
         return cls(tokens.long(), lengths, offsets.to(tokens.device), positions.to(tokens.device))
 
     @classmethod

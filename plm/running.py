@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plm.esmfold.model import ESMFold
-from plm.loading import Model
+from plm.loading import Model, is_finite
 from plm.models.proteinbert import ProteinBERT
 from plm.packing import Packed, batches
 from plm.sequences import Fault, InputError
@@ -135,13 +135,14 @@ def encode(
             fault(i, f"{where}{error}", "mend or leave out the sequence")
             continue
         row = separator.join(parts)
-        if tokens := [id for part in parts for id in part if id in foreign]:
+        if any(len(part.translate(None, foreign)) < len(part) for part in parts):
+            first = next(id for part in parts for id in part if id in foreign)
             hint = "give residues alone: the tokens around them are put there"
             hint += " (task='...' chooses which)" if tokenizer.tasks else ""
             hint += ", and a pair is HEAVY|LIGHT" if separator else ""
             if not tokenizer.framed:
                 hint = f"give residues alone: {tokenizer.start} is put before them and {tokenizer.end} behind them"
-            fault(i, f"{tokenizer.decode(tokens[:1])} is no residue", hint)
+            fault(i, f"{tokenizer.decode([first])} is no residue", hint)
         elif limit is not None and len(row) + around > limit:
             taker = model.checkpoint.name if pad_to is None else f"pad_to={pad_to}"
             hint = "cut the sequence into domains, or use ESM-2 or a T5, which have no limit"
@@ -226,9 +227,15 @@ def run(
     lengths = [pad_to or len(row) + around for row in rows]
     groups = batches(lengths, budget, padded=isinstance(model.net, ProteinBERT))
     for batch, results in halved(model, groups, lambda some: _forward(model, rows, some, forward, task)):
-        for i, result in zip(batch, results, strict=True):
+        check_all_finite(model, batch, results)
+        yield from zip(batch, results, strict=True)
+
+
+def check_all_finite(model: Model, members: Sequence[int], results: Sequence[Tensor]) -> None:
+    """``check_finite`` of a batch, in one look at all of it."""
+    if not is_finite(torch.cat([result.flatten() for result in results])):
+        for i, result in zip(members, results, strict=True):
             check_finite(model, i, result)
-            yield i, result
 
 
 def check_finite(model: Model, i: int, result: Tensor) -> None:
@@ -282,6 +289,18 @@ def _forward(model: Model, rows: Sequence[bytes], some: Sequence[int], forward: 
     with torch.inference_mode():
         batch = model.tokenizer.pack_residues([rows[i] for i in some], task=task)
         results = forward(batch.to(model.device), some)
-    # Copies made out here are ordinary tensors that a user's own layers can be trained on. Half-precision results widen
-    # exactly, and then every numpy function takes them.
-    return [result.to("cpu", torch.promote_types(result.dtype, torch.float32), copy=True) for result in results]
+    return on_host(results)
+
+
+def on_host(results: Sequence[Tensor]) -> list[Tensor]:
+    """Each result on the CPU, in float32 at least and in memory of its own; a GPU is waited for once.
+
+    Copies made out of inference mode are ordinary tensors that a user's own layers can be trained on. Half-precision
+    results widen exactly, and then every numpy function takes them.
+    """
+    flat = torch.cat([result.flatten() for result in results]).to("cpu")
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    if len(results) == 1:
+        return [flat.view(results[0].shape)]
+    parts = flat.split([result.numel() for result in results])
+    return [part.clone().view(result.shape) for part, result in zip(parts, results, strict=True)]

@@ -1,6 +1,6 @@
 """How probable a model finds a sequence."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -167,11 +167,12 @@ def single_pass(
 ) -> Iterator[tuple[int, Score]]:
     """Log-probability of every residue where nothing is hidden."""
     model = context.model
+    places = residue_places(model, task)
 
     def forward(batch: Packed, members: Sequence[int]) -> list[Tensor]:
         logits = model.net.logits(context.encode(batch, members).hidden)
         parts = zip(batch.split(own_log_probs(logits, batch.tokens)), members, strict=True)
-        return [each[residue_places(model, rows[i], task)] for each, i in parts]
+        return [each[places(rows[i])] for each, i in parts]
 
     for i, values in running.run(model, rows, forward, task=task, max_tokens=max_tokens, pad_to=context.pad_to):
         yield i, Score(values)
@@ -183,10 +184,11 @@ def pseudo_likelihood(
     """Log-probability of every residue while it alone is hidden. Copies of one length go through together."""
     budget = running.default_max_tokens(model) if max_tokens is None else max_tokens
     before, after = model.tokenizer.frame(task)
+    places_of = residue_places(model, task)
     hidden = model.tokenizer.sentinel(0) if isinstance(model.net, T5) else model.tokenizer.mask_id
     for (i,) in batches([len(row) for row in rows], 1):
-        ids = torch.tensor([*before, *rows[i], *after])
-        places = residue_places(model, rows[i], task)
+        ids = as_tensor(before + rows[i] + after).long()
+        places = places_of(rows[i])
 
         @torch.inference_mode()
         def hide(group: list[int], ids: Tensor = ids, places: Tensor = places) -> Tensor:
@@ -236,8 +238,8 @@ def likelihood(
 
     groups = batches([len(directions) * len(row) for row in rows], budget)
     for group, results in running.halved(model, groups, read):
+        running.check_all_finite(model, group, results)
         for i, values in zip(group, results, strict=True):
-            running.check_finite(model, i, values)
             each = [Score(x) for x in values.clone()]  # a copy made out here is an ordinary tensor
             yield i, Score(values.mean(0), *each) if len(each) > 1 else each[0]
 
@@ -269,11 +271,17 @@ def hidden_logits(model: Model, batch: Packed, places: Tensor, hidden: int) -> T
     return logits.index_fill(1, torch.tensor(silent, device=model.device), -torch.inf)  # type: ignore[no-any-return]
 
 
-def residue_places(model: Model, row: bytes, task: str | None) -> Tensor:
-    """Where the residues stand among the tokens of a sequence, without the separator of a pair."""
-    before, _ = model.tokenizer.frame(task)
+def residue_places(model: Model, task: str | None) -> Callable[[bytes], Tensor]:
+    """Tells of a row where its residues stand among the tokens of the sequence, without the separator of a pair."""
+    start = len(model.tokenizer.frame(task)[0])
     separator = model.tokenizer.separator_id if model.tokenizer.separator is not None else None
-    return torch.tensor([len(before) + i for i, token in enumerate(row) if token != separator])
+
+    def places(row: bytes) -> Tensor:
+        if separator is None:
+            return torch.arange(start, start + len(row))
+        return start + (as_tensor(row) != separator).nonzero()[:, 0]
+
+    return places
 
 
 def own_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_a_layer_is_its_formula(
 ) -> None:
     """One rounding of the result, half a unit in its last place; unpacked, of the products and of the bias, too."""
     if not packed:
-        monkeypatch.setattr(layers, "pack_weight", lambda weight: None)
+        monkeypatch.setattr(layers, "pack_rounded", lambda weight, dtype: None)
     made, x = layer(bias=bias), numbers(rows, 80)[:, ::2]  # not contiguous
     with torch.inference_mode():
         found = made(x, activation)

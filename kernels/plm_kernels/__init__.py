@@ -13,7 +13,7 @@ from plm_kernels.eight_bit import FEW, eight_bits, linear_8bit
 from plm_kernels.gates import GATES, Gate, gated
 from plm_kernels.global_attention import global_attention
 from plm_kernels.invariance import batch_invariant, is_batch_invariant
-from plm_kernels.linear import ACTIVATIONS, Activation, linear, pack_weight, packing_available
+from plm_kernels.linear import ACTIVATIONS, Activation, linear, pack_rounded, pack_weight, packing_available
 from plm_kernels.matmul import product
 from plm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from plm_kernels.packed_attention import attention, attention_backends, runs
@@ -54,6 +54,7 @@ __all__ = [
     "local_block",
     "merge_parts",
     "pack_filters",
+    "pack_rounded",
     "pack_weight",
     "packing_available",
     "padded_keys",

@@ -8,6 +8,7 @@ batch.
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from mmap import mmap
 from typing import Literal, NamedTuple
 
 import torch
@@ -66,6 +67,18 @@ def pack_weight(weight: Tensor) -> Tensor | None:
     with torch.no_grad():
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return packed
+
+
+def pack_rounded(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``pack_weight`` of ``[o, i]`` in another dtype.
+
+    What it is rounded to lies in memory pages of its own until it is packed. On the heap, packed weights would settle
+    in the gaps that such tensors leave and tear them up: a network of ESM-2's shape took a third more than its weights.
+    """
+    if weight.device.type != "cpu" or dtype not in _DTYPES or not packing_available(dtype) or not weight.numel():
+        return None
+    pages = mmap(-1, weight.numel() * dtype.itemsize)
+    return pack_weight(torch.frombuffer(pages, dtype=dtype).view(weight.shape).copy_(weight.detach()))
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
