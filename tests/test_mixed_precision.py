@@ -258,3 +258,17 @@ def test_a_batch_holds_as_many_tokens_as_the_widest_tensor_lets_it() -> None:
         model = plm.load(ESM2, dtype=dtype)
         wide = plm.Model(model.net, model.tokenizer, tiny.origin("esm"), "", model.products)
         assert plm.running.default_max_tokens(wide) == 4096
+
+
+def test_elsewhere_a_weight_is_rounded_once_and_its_numbers_are_not_asked_for() -> None:
+    """They would have to be waited for on a GPU. On ``meta`` there are none, so asking would fail."""
+    made, x = layer().to("meta"), torch.empty(5, 40, device="meta")
+    with torch.inference_mode():
+        assert made(x).dtype == torch.bfloat16
+        kept = made.packed.packed
+        made(x)
+        assert kept is not None and kept.dtype == torch.bfloat16 and made.packed.packed is kept
+    with torch.no_grad():
+        made.weight.mul_(2)  # counts a version
+        made(x)
+    assert made.packed.packed is not kept
