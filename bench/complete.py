@@ -3,7 +3,7 @@
     python bench/complete.py
 
 Greedy, prompts of up to 128 residues, 128 new tokens, batches of 1 and of 16 prompts of different lengths; prompts are
-encoded within the time. The model is the Ankh3-shaped twin of `t5_twin.py` with random weights. The end is banned, as
+encoded within the time. The model is the Ankh3-shaped twin of `peers/t5.py` with random weights. The end is banned, as
 on the card. In float32 both must write the same tokens.
 
 At batch 1 every weight of the decoder is read once per token, so no program is faster than the memory allows: the share
@@ -14,7 +14,7 @@ import argparse
 
 import torch
 from common import machine, print_json, race, ratio, read_ceiling
-from t5_twin import twins
+from peers.t5 import twins
 from torch import Tensor
 from transformers import GenerationConfig
 

@@ -3,7 +3,7 @@
     python bench/generate.py
     python bench/generate.py --device cuda --sizes small medium xlarge --dtypes bfloat16 --cuda-graphs on
 
-The published sizes with random weights (`progen2_twin.py`); a prompt of 16 tokens and 128 new ones, which nothing may
+The published sizes with random weights (`peers/progen2.py`); a prompt of 16 tokens and 128 new ones, which nothing may
 end. One text; 16 prompts, greedy; and 16 samples of one prompt. transformers has GPT-J and CodeGen, with their cache:
 
 - "default": GPT-J in float32, as its model card has it;
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common import copy_ceiling, machine, one_thread, print_json, race, ratio, read_ceiling, seconds
-from progen2_twin import BYTES, PEERS, SIZES, Kind, Size, official, peer, random_weights
+from peers.progen2 import BYTES, PEERS, SIZES, Kind, Size, official, peer, random_weights
 from torch import Tensor
 from transformers import GenerationConfig
 

@@ -120,7 +120,7 @@ class Keras:
     """The original in another Python, which times itself. A race takes its seconds as if they were ours to count."""
 
     def __init__(self, python: str) -> None:
-        script = Path(__file__).with_name("proteinbert_keras.py")
+        script = Path(__file__).parent / "peers" / "proteinbert_keras.py"
         self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.wait()
 
@@ -128,7 +128,9 @@ class Keras:
         assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit("the original stopped; see its message above, and the head of bench/proteinbert_keras.py")
+            raise SystemExit(
+                "the original stopped; see its message above, and the head of bench/peers/proteinbert_keras.py"
+            )
         return answer
 
     def run(self, sequences: Sequence[str]) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import gemm_ceiling, machine, print_json, race, ratio
-from t5_twin import flops, twins
+from peers.t5 import flops, twins
 from torch import Tensor
 
 import plm

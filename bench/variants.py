@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from common import machine, one_thread, print_json, race, ratio
-from progen2_twin import SIZES, official, peer, random_weights
+from peers.progen2 import SIZES, official, peer, random_weights
 
 import plm
 from plm.loading import Model

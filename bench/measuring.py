@@ -1,0 +1,286 @@
+"""How one workload is measured: everyone checked against float64, raced in rounds, weighed, and compared with ceilings.
+
+A workload says what is to be done, and prepares a contest: its inputs and the contestants, each of whom builds what it
+needs when its turn comes. So a process of its own can build one contestant alone and tell its memory, and a peer that
+is not installed is listed as missing.
+"""
+
+import ctypes
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import copy_ceiling, gemm_ceiling, others_seconds, race, ratio, read_ceiling, seconds
+from torch import Tensor
+
+Run = Callable[[Any], Any]
+"""Inputs to outputs, in input order: the whole work once."""
+Timer = Callable[[Callable[[], object]], float]
+
+SUITE = Path(__file__).with_name("suite.py")
+OURS = "plm"  # the names of our contestants begin so
+COMPUTED_IN = {"float32-bfloat16": "bfloat16"}  # whose products are of another dtype than its name
+LONG = 30.0  # seconds of a round from which on the first one counts: what it warms up is nothing beside the work
+
+
+class Missing(Exception):
+    """A contestant cannot take part, and why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run of the suite was asked for."""
+
+    device: str = "cpu"
+    quick: bool = False  # tiny shapes and one round: a rehearsal
+    full: bool = False  # the protocol's own counts, where the default on a CPU takes fewer
+    rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Someone who can do the work. ``dtype`` also picks the ceiling of products; 8 bits have none."""
+
+    build: Callable[[], Run]
+    dtype: str = "float32"
+    bytes: float | None = None  # that one run reads from memory at least, for the ceiling "read"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A workload made concrete.
+
+    Attributes:
+        contestants: by name; of those that begin with "plm" the ratios are taken.
+        inputs: what every run is given.
+        units: of the workload in ``inputs``: residues, tokens, pairs.
+        flops: that ``inputs`` need; pads and what a contestant does in vain are not counted.
+        errors: relative error of each run, which also warms all up; raises AssertionError if one is wrong.
+        notes: for the results, as they are.
+    """
+
+    contestants: Mapping[str, Contestant]
+    inputs: Any
+    units: float
+    flops: float | None = None
+    errors: Callable[[Mapping[str, Run]], Mapping[str, float]] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A row of the suite. ``rounds`` is the most, ``budget`` the seconds after which no round begins."""
+
+    name: str
+    what: str
+    prepare: Callable[[Settings], Contest]
+    unit: str = "residues"
+    ceiling: str | None = "gemm"  # "gemm", "read", or None
+    rounds: int = 7
+    budget: float = 45.0
+    minutes: float = 1.0  # that it takes in all on two cores with AVX-512, roughly
+    threads: int | None = None
+
+
+def measure(
+    workload: Workload,
+    settings: Settings,
+    *,
+    timer: Timer = seconds,
+    memory: bool = True,
+    say: Callable[..., Any] = print,
+) -> dict[str, Any]:
+    """Everything about one workload, as numbers for JSON; `bench/README.md` says what each of them is."""
+    began, before = time.perf_counter(), load_average()
+    with threads(workload.threads):
+        contest = workload.prepare(settings)
+        runs, missing = built(contest.contestants)
+        work = {name: lambda run=run: run(contest.inputs) for name, run in runs.items()}
+        with torch.inference_mode():
+            errors = dict(contest.errors(runs)) if contest.errors else {}
+            ceilings = ceilings_of(workload, contest, runs, settings)
+            times, others = raced(work, runs, workload, settings, timer)
+            again = ceilings_of(workload, contest, runs, settings)
+        ceilings = {name: max(best, again[name]) for name, best in ceilings.items()}
+        rows = {
+            name: row(name, times, contest, workload.ceiling, ceilings) | {"error": errors.get(name)} for name in runs
+        }
+        if memory:
+            for name in rows:
+                rows[name]["peak_mib"] = peak(workload.name, name, settings, runs[name], contest.inputs)
+    for run in runs.values():
+        getattr(run, "close", lambda: None)()
+    found = {
+        "workload": workload.name, "what": workload.what, "unit": workload.unit, "units": contest.units,
+        "flops": contest.flops, "threads": workload.threads or torch.get_num_threads(),
+        "rounds": len(next(iter(times.values()), [])), "notes": dict(contest.notes), "ceiling": ceilings,
+        "contestants": rows, "missing": missing, "others": others, "load": [before, load_average()],
+        "took": time.perf_counter() - began,
+    }  # fmt: skip
+    say(f"{workload.name}: {found['rounds']} rounds, {found['took']:.0f} s")
+    return found
+
+
+def built(contestants: Mapping[str, Contestant]) -> tuple[dict[str, Run], dict[str, str]]:
+    """Those who can take part, and why the others cannot."""
+    runs, missing = {}, {}
+    for name, contestant in contestants.items():
+        try:
+            runs[name] = contestant.build()
+        except (Missing, ImportError) as error:
+            missing[name] = str(error)
+    return runs, missing
+
+
+def raced(
+    work: Mapping[str, Callable[[], object]],
+    runs: Mapping[str, Run],
+    workload: Workload,
+    settings: Settings,
+    timer: Timer,
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds by contestant and round, and the share of the processors that other programs had meanwhile."""
+    most = settings.rounds or (1 if settings.quick else workload.rounds)
+    window = 0.0 if settings.quick else 0.25 if settings.device == "cuda" else 1.0
+    processes = [run.process.pid for run in runs.values() if hasattr(run, "process")]
+    start, before = time.perf_counter(), others_seconds(processes)
+    times = race(work, 1, timer=timer, processes=processes)
+    counts = settings.quick or sum(taken[0] for taken in times.values()) > LONG
+    later = race(
+        work, most - counts, timer=timer, window=window, processes=processes, fewest=3 - counts,
+        budget=workload.budget - (time.perf_counter() - start) * counts,
+    )  # fmt: skip
+    passed = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    others = (others_seconds(processes) - before) / passed
+    return {name: times[name] * counts + later[name] for name in work}, others
+
+
+def row(
+    name: str,
+    times: Mapping[str, Sequence[float]],
+    contest: Contest,
+    ceiling: str | None,
+    ceilings: Mapping[str, float],
+) -> dict[str, Any]:
+    """What one contestant's times say. Ratios are of ours alone: how many times as fast as each other."""
+    contestant, middle = contest.contestants[name], statistics.median(times[name])
+    dtype = COMPUTED_IN.get(contestant.dtype, contestant.dtype)
+    work, best = (contestant.bytes, "read") if ceiling == "read" else (contest.flops, dtype)
+    share = work / middle / ceilings[best] if ceiling and work and best in ceilings else None
+    others = [other for other in times if not other.startswith(OURS)] if name.startswith(OURS) else []
+    return {
+        "dtype": contestant.dtype, "seconds": list(times[name]), "median": middle, "speed": contest.units / middle,
+        "of_ceiling": share, "ratios": {other: ratio(times[other], times[name]) for other in others},
+    }  # fmt: skip
+
+
+def ceilings_of(workload: Workload, contest: Contest, runs: Mapping[str, Run], settings: Settings) -> dict[str, float]:
+    """FLOP/s of a square product by dtype, or bytes/s of memory; here and now, with the workload's threads."""
+    if workload.ceiling == "read":
+        return {"read": read_ceiling(device=settings.device), "copy": copy_ceiling(device=settings.device)}
+    if workload.ceiling != "gemm":
+        return {}
+    size = 256 if settings.quick else 8192 if settings.device == "cuda" else 2048
+    dtypes = {COMPUTED_IN.get(each.dtype, each.dtype) for each in (contest.contestants[name] for name in runs)}
+    return {
+        dtype: gemm_ceiling(getattr(torch, dtype), size, device=settings.device) for dtype in sorted(dtypes - {"int8"})
+    }
+
+
+def relative(found: Any, expected: Sequence[Tensor]) -> float:
+    """Root mean square of the difference over that of what was expected, of all tensors together."""
+    ours = torch.cat([x.detach().to("cpu", torch.float64).flatten() for x in found])
+    theirs = torch.cat([x.to("cpu", torch.float64).flatten() for x in expected])
+    assert ours.shape == theirs.shape, f"{len(ours)} numbers where {len(theirs)} were expected"
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+BOUNDS = {"float32": 1e-4, "float32-bfloat16": 3e-2, "bfloat16": 5e-2, "float16": 1e-2, "int8": 0.5}
+"""Errors that only a mistake explains: orders of magnitude above rounding in float32, three times it in bfloat16."""
+
+
+def against(
+    probe: Any, truth: Callable[[Any], Sequence[Tensor]], contestants: Mapping[str, Contestant]
+) -> Callable[[Mapping[str, Run]], dict[str, float]]:
+    """The errors of everyone's outputs on the few inputs ``probe``, against ``truth`` in float64."""
+
+    def errors(runs: Mapping[str, Run]) -> dict[str, float]:
+        expected = truth(probe)
+        found = {name: relative(run(probe), expected) for name, run in runs.items()}
+        wrong = {name: error for name, error in found.items() if not error < BOUNDS[contestants[name].dtype]}
+        assert not wrong, f"these are not right, by their errors against float64: {wrong}"
+        return found
+
+    return errors
+
+
+def peak(workload: str, name: str, settings: Settings, run: Run, inputs: Any) -> float | None:
+    """MiB at the peak of one run: on a CPU the resident set of a process that builds this contestant alone (Linux)."""
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        with torch.inference_mode():
+            run(inputs)
+        return torch.cuda.max_memory_allocated() / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, str(SUITE), "--peak", workload, name, *(["--quick"] if settings.quick else [])]
+    command += ["--full"] if settings.full else []
+    told = subprocess.run(command, capture_output=True, text=True)
+    if told.returncode:
+        print(f"  ! no peak of {name}: {told.stderr.strip().splitlines()[-1:]}")
+        return None
+    return float(told.stdout.split()[-1])
+
+
+def own_peak(workload: Workload, name: str, settings: Settings) -> float:
+    """The same, measured from within that process: libraries, weights and work, but not what building took."""
+    with threads(workload.threads):
+        contest = workload.prepare(settings)
+        run = contest.contestants[name].build()
+        give_back_memory()
+        process = run.process.pid if hasattr(run, "process") else os.getpid()
+        Path(f"/proc/{process}/clear_refs").write_text("5")  # the peak counts from here
+        with torch.inference_mode():
+            run(contest.inputs)
+        found = resident(process, "VmHWM") / 1024
+        if hasattr(run, "children_mib"):
+            found = run.children_mib()
+        getattr(run, "close", lambda: None)()
+    return found
+
+
+def give_back_memory() -> None:
+    """To the system, what building a model has freed."""
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
+
+
+def resident(process: int, field: str) -> int:
+    """kB, as Linux says it of a process."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def load_average() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """A scope in which torch works in so many threads; None: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
