@@ -14,39 +14,19 @@ import argparse
 
 import torch
 from common import machine, print_json, race, ratio, read_ceiling
-from peers.t5 import twins
+from peers.t5 import prompts, run_generate, run_own, twins
 from torch import Tensor
-from transformers import GenerationConfig
-
-import plm
-
-
-def prompts(batch: int, longest: int) -> list[list[int]]:
-    """Residue ids with the end token, from half the longest length to all of it."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.linspace(longest, longest // 2, batch).long().tolist()
-    return [[*torch.randint(3, 23, (length,), generator=generator).tolist(), 1] for length in lengths]
 
 
 def measure(dtype: torch.dtype, batch: int, width: int, new: int, rounds: int) -> dict[str, object]:
     theirs, ours = twins(dtype, width, 12, 6)
     rows = prompts(batch, 128)
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    settings = GenerationConfig(
-        min_length=new + 1, max_length=new + 1, do_sample=False, num_beams=1, eos_token_id=1, pad_token_id=0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
 
     def transformers() -> Tensor:
-        with torch.inference_mode():
-            written: Tensor = theirs.generate(ids, settings, attention_mask=mask)
-        return written
+        return run_generate(theirs, rows, new)
 
     def own() -> Tensor:
-        found = plm.generate(ours, rows, temperature=0, min_length=new + 1, max_length=new + 1)
-        return torch.tensor([sample.ids for (sample,) in found])
+        return torch.tensor([sample.ids for sample in run_own(ours, rows, new)])
 
     same = (transformers() == own()).float().mean().item()  # and so both are warm
     assert dtype != torch.float32 or same == 1, f"only {same:.1%} of the tokens are the same"

@@ -28,47 +28,23 @@ from typing import Any
 
 import torch
 from common import copy_ceiling, machine, one_thread, print_json, race, ratio, read_ceiling, seconds
-from peers.progen2 import BYTES, PEERS, SIZES, Kind, Size, official, peer, random_weights
-from torch import Tensor
-from transformers import GenerationConfig
+from peers.progen2 import (
+    BYTES,
+    PEERS,
+    SIZES,
+    Kind,
+    Size,
+    hub_writer,
+    official,
+    own_writer,
+    peer,
+    prompts,
+    random_weights,
+)
 
 import plm
-from plm.loading import Model
 
-ENDS = [2, 3, 4]  # <|eos|> and the terminals
-RESIDUES = range(5, 30)
 WAYS = ("prompts", "samples")
-
-
-def prompts(count: int, length: int) -> list[list[int]]:
-    """The first terminal and random residues."""
-    generator = torch.Generator().manual_seed(1)
-    letters = torch.randint(RESIDUES.start, RESIDUES.stop, (count, length - 1), generator=generator)
-    return [[3, *row] for row in letters.tolist()]
-
-
-def hub_writer(theirs: Any, rows: Sequence[Sequence[int]], new: int, samples: int, cached: bool = True) -> Tensor:
-    """Ids ``[texts, t]`` from transformers: the most probable tokens, or ``samples`` of each prompt."""
-    ids = torch.tensor(rows, device=theirs.device)
-    drawn = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples > 1 else {"do_sample": False}
-    length = ids.shape[1] + new
-    settings = GenerationConfig(
-        min_length=length, max_length=length, eos_token_id=2, pad_token_id=0, suppress_tokens=ENDS, use_cache=cached,
-        **drawn,
-    )  # fmt: skip
-    with torch.inference_mode():
-        written: Tensor = theirs.generate(ids, settings, attention_mask=torch.ones_like(ids))
-    return written
-
-
-def own_writer(ours: Model, rows: Sequence[Sequence[int]], new: int, samples: int, **how: Any) -> list[plm.Sample]:
-    """The same from plm."""
-    length = len(rows[0]) + new
-    found = plm.generate(
-        ours, rows, num_samples=samples, temperature=1 if samples > 1 else 0, min_length=length, max_length=length,
-        likelihood=False, seed=0, max_tokens=len(rows) * samples * length, **how,
-    )  # fmt: skip
-    return [sample for some in found for sample in some]
 
 
 def graph_settings(device: str, choice: str | None) -> dict[str, bool]:

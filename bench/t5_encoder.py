@@ -11,43 +11,13 @@ is padded, and sorting could not help. transformers runs eager attention (all th
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import gemm_ceiling, machine, print_json, race, ratio
-from peers.t5 import flops, twins
-from torch import Tensor
-
-import plm
-from plm import running
-from plm.loading import Model
+from peers.t5 import WAYS, contestant, flops, twins
 
 PLOT = Path(__file__).with_name("t5_memory.png")
-WAYS = ("transformers eager", "transformers tuned", "plm")
-
-
-def contestant(way: str, theirs: Any, ours: Model, ids: Tensor) -> Callable[[], Tensor]:
-    """A function that encodes ids ``[b, t]`` to ``[b, t, c]``."""
-    if way == "plm":
-        return lambda: encode(ours, ids)
-    attention = "eager" if way == "transformers eager" else "sdpa"
-
-    def run() -> Tensor:
-        theirs.set_attn_implementation(attention)
-        with torch.inference_mode():
-            hidden: Tensor = theirs.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return hidden
-
-    return run
-
-
-def encode(model: Model, ids: Tensor) -> Tensor:
-    size = max(1, running.default_max_tokens(model) // ids.shape[1])
-    with torch.inference_mode():
-        batches = [plm.Packed.from_ids(list(some)) for some in ids.split(size)]
-        return torch.cat([model.net.encode(batch).hidden for batch in batches]).unflatten(0, ids.shape)
 
 
 def measure(dtype: torch.dtype, length: int, batch: int, width: int, layers: int, rounds: int) -> dict[str, object]:

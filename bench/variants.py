@@ -12,26 +12,14 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import machine, one_thread, print_json, race, ratio
-from peers.progen2 import SIZES, official, peer, random_weights
+from peers.progen2 import SIZES, likelihood, official, peer, random_weights
 
 import plm
 from plm.loading import Model
 from plm.mutations import RESIDUES, mutated, single_substitutions
-
-
-@torch.inference_mode()
-def likelihood(theirs: Any, model: Model, text: str) -> float:
-    """As likelihood.py: "1" + text + "2" in both directions, a pass for each."""
-    total, letters = 0.0, slice(5, 30)
-    for written in (f"1{text}2", f"2{text[::-1]}1"):
-        ids = torch.tensor([model.tokenizer.encode(written)])
-        logits = theirs(ids, use_cache=False).logits[0, :-2, letters].float()
-        total -= torch.nn.functional.cross_entropy(logits, ids[0, 1:-1] - 5, reduction="sum").item()
-    return total / 2
 
 
 def all_at_once(model: Model, wild_type: str, texts: list[str]) -> list[float]:

@@ -199,3 +199,29 @@ def flops(config: Config, tokens: Sequence[int]) -> float:
     """Multiplications and additions of the encoder: 24 c^2 per token and layer, and 4 t c per token for attention."""
     per_layer = 2 * (4 * config.channels + 2 * config.feed_forward) * config.channels
     return config.layers * sum(t * per_layer + 4 * t * t * config.channels for t in tokens)
+
+
+def transformers_masked(folder: Path, dtype: str, size: int = 32) -> Callable[[str, Sequence[str]], list[float]]:
+    """Masked marginals as scripts compute them: a copy per hidden residue, in batches of 32, the whole head on top."""
+    from transformers import EsmForMaskedLM
+
+    model = EsmForMaskedLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    tokenizer = transformers_tokenizer()
+
+    def scores(wild_type: str, substitutions: Sequence[str]) -> list[float]:
+        ids = tokenizer(wild_type, return_tensors="pt")["input_ids"].repeat(len(wild_type), 1)
+        places = torch.arange(len(wild_type))
+        ids[places, places + 1] = tokenizer.mask_token_id
+        with torch.inference_mode():
+            parts = [
+                model(input_ids=some).logits[torch.arange(len(some)), here + 1].float().log_softmax(-1)
+                for some, here in zip(ids.split(size), places.split(size), strict=True)
+            ]
+        found = torch.cat(parts)
+        wanted = [
+            (int(name[1:-1]) - 1, *tokenizer.convert_tokens_to_ids([name[0], name[-1]])) for name in substitutions
+        ]
+        place, old, new = torch.tensor(wanted).unbind(1)
+        return (found[place, new] - found[place, old]).tolist()  # type: ignore[no-any-return]
+
+    return scores

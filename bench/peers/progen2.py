@@ -5,9 +5,12 @@ matrix of each, CodeGen one matrix in four shards and ProGen2 one in eight, both
 shard (salesforce/progen@c27a419, progen2/models/progen/modeling_progen.py). transformers 5 has no ProGen2, and the
 original's code does not run in it. Neither of its two classes has an SDPA form: ``attn_implementation="sdpa"`` is
 refused, and a CPU leaves eager attention alone.
+
+The loops are those that users write: ``generate`` with its cache, and likelihood.py of the original.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +18,14 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CodeGenConfig, CodeGenForCausalLM, GPTJConfig, GPTJForCausalLM
+from transformers import CodeGenConfig, CodeGenForCausalLM, GenerationConfig, GPTJConfig, GPTJForCausalLM
+
+import plm
+from plm.loading import Model
 
 Kind = Literal["GPT-J", "CodeGen"]
+ENDS = [2, 3, 4]  # <|eos|> and the terminals
+RESIDUES = range(5, 30)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PEERS: dict[Kind, tuple[Any, Any]] = {
     "GPT-J": (GPTJConfig, GPTJForCausalLM),
@@ -100,3 +108,45 @@ def official(state: dict[str, Tensor], size: Size, folder: Path) -> Path:
     save_file(fused(state, 8), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**settings(size), "model_type": "progen"}))
     return folder
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    """The first terminal and random residues."""
+    generator = torch.Generator().manual_seed(1)
+    letters = torch.randint(RESIDUES.start, RESIDUES.stop, (count, length - 1), generator=generator)
+    return [[3, *row] for row in letters.tolist()]
+
+
+def hub_writer(theirs: Any, rows: Sequence[Sequence[int]], new: int, samples: int, cached: bool = True) -> Tensor:
+    """Ids ``[texts, t]`` from transformers: the most probable tokens, or ``samples`` of each prompt."""
+    ids = torch.tensor(rows, device=theirs.device)
+    drawn = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples > 1 else {"do_sample": False}
+    length = ids.shape[1] + new
+    settings = GenerationConfig(
+        min_length=length, max_length=length, eos_token_id=2, pad_token_id=0, suppress_tokens=ENDS, use_cache=cached,
+        **drawn,
+    )  # fmt: skip
+    with torch.inference_mode():
+        written: Tensor = theirs.generate(ids, settings, attention_mask=torch.ones_like(ids))
+    return written
+
+
+def own_writer(ours: Model, rows: Sequence[Sequence[int]], new: int, samples: int, **how: Any) -> list[plm.Sample]:
+    """The same from plm."""
+    length = len(rows[0]) + new
+    found = plm.generate(
+        ours, rows, num_samples=samples, temperature=1 if samples > 1 else 0, min_length=length, max_length=length,
+        likelihood=False, seed=0, max_tokens=len(rows) * samples * length, **how,
+    )  # fmt: skip
+    return [sample for some in found for sample in some]
+
+
+@torch.inference_mode()
+def likelihood(theirs: Any, model: Model, text: str) -> float:
+    """As likelihood.py: "1" + text + "2" in both directions, a pass for each."""
+    total, letters = 0.0, slice(5, 30)
+    for written in (f"1{text}2", f"2{text[::-1]}1"):
+        ids = torch.tensor([model.tokenizer.encode(written)])
+        logits = theirs(ids, use_cache=False).logits[0, :-2, letters].float()
+        total -= torch.nn.functional.cross_entropy(logits, ids[0, 1:-1] - 5, reduction="sum").item()
+    return total / 2

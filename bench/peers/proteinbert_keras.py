@@ -2,7 +2,7 @@
 
 It runs in an environment of its own with tensorflow and protein-bert (``pip install tensorflow-cpu==2.15.1 "numpy<2"
 pandas h5py && pip install --no-deps protein-bert==1.0.1``), and imports nothing of this project. Each line it reads is
-a JSON list of proteins, all padded to 512; it answers with the seconds that batches of 32 took.
+``{"sequences": [proteins]}``, all padded to 512; it answers with the seconds that batches of 32 took.
 """
 
 import json
@@ -25,9 +25,9 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(2)
     model = create_model(SEQ_LEN, 26, 8943)
     call = tf.function(lambda x: model(x, training=False))
-    print("ready", flush=True)
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
-        rows = [tokenize_seq(sequence) for sequence in json.loads(line)]
+        rows = [tokenize_seq(sequence) for sequence in json.loads(line)["sequences"]]
         start = time.perf_counter()
         for first in range(0, len(rows), BATCH):
             tokens = np.array([row + [PAD] * (SEQ_LEN - len(row)) for row in rows[first : first + BATCH]], np.int32)

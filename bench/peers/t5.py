@@ -5,11 +5,15 @@ keeps the heads' size, the gated SiLU, the buckets and the vocabulary. Depth is 
 at half the width attention weighs twice as much beside the linear layers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
+import plm
+from plm import running
 from plm.loading import Model, Origin
 from plm.models.t5 import T5, Config
 from plm.vocabularies import ankh3_tokenizer
@@ -17,6 +21,13 @@ from plm_weights import import_weights
 from plm_weights.t5 import hub_config, key_map
 
 FULL_WIDTH = 1536
+WAYS = ("transformers eager", "transformers tuned", "plm")
+
+
+def config_of(width: int, layers: int, decoder_layers: int) -> Config:
+    """Our configuration of the twin."""
+    heads, feed_forward = width * 16 // FULL_WIDTH, width * 3840 // FULL_WIDTH
+    return Config(256, layers, decoder_layers, width, heads, 64, feed_forward, "gated-silu", 64)
 
 
 def twins(dtype: torch.dtype, width: int, layers: int, decoder_layers: int) -> tuple[Any, Model]:
@@ -44,3 +55,52 @@ def flops(config: Config, lengths: list[int]) -> float:
     inner = config.heads * config.head_size
     linear = 2 * (4 * config.channels * inner + 3 * config.channels * config.feed_forward)
     return config.layers * sum(t * linear + 4 * t * t * inner for t in lengths)
+
+
+def contestant(way: str, theirs: Any, ours: Model, ids: Tensor) -> Callable[[], Tensor]:
+    """A function that encodes ids ``[b, t]`` to ``[b, t, c]``."""
+    if way == "plm":
+        return lambda: encode(ours, ids)
+    attention = "eager" if way == "transformers eager" else "sdpa"
+
+    def run() -> Tensor:
+        theirs.set_attn_implementation(attention)
+        with torch.inference_mode():
+            hidden: Tensor = theirs.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return hidden
+
+    return run
+
+
+def encode(model: Model, ids: Tensor) -> Tensor:
+    size = max(1, running.default_max_tokens(model) // ids.shape[1])
+    with torch.inference_mode():
+        batches = [plm.Packed.from_ids(list(some)) for some in ids.split(size)]
+        return torch.cat([model.net.encode(batch).hidden for batch in batches]).unflatten(0, ids.shape)
+
+
+def prompts(batch: int, longest: int = 128) -> list[list[int]]:
+    """Residue ids with the end token, from half the longest length to all of it."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.linspace(longest, longest // 2, batch).long().tolist()
+    return [[*torch.randint(3, 23, (length,), generator=generator).tolist(), 1] for length in lengths]
+
+
+def run_generate(theirs: Any, rows: list[list[int]], new: int) -> Tensor:
+    """Greedy ids ``[b, 1 + new]`` of transformers, with the end banned."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    settings = GenerationConfig(
+        min_length=new + 1, max_length=new + 1, do_sample=False, num_beams=1, eos_token_id=1, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    with torch.inference_mode():
+        written: Tensor = theirs.generate(ids, settings, attention_mask=mask)
+    return written
+
+
+def run_own(ours: Model, rows: list[list[int]], new: int) -> list[plm.Sample]:
+    """The same from plm."""
+    found = plm.generate(ours, rows, temperature=0, min_length=new + 1, max_length=new + 1)
+    return [sample for (sample,) in found]

@@ -2,6 +2,9 @@
 
 from measuring import Workload
 
-from workloads import embedding
+from workloads import antibodies, embedding, folding, pairs, proteinbert, scoring, start, t5, writing
 
-WORKLOADS: tuple[Workload, ...] = (*embedding.WORKLOADS,)
+TABLES = (embedding, t5, scoring, pairs, writing, folding, proteinbert, start, antibodies)
+WORKLOADS: tuple[Workload, ...] = tuple(
+    sorted((row for file in TABLES for row in file.WORKLOADS), key=lambda row: row.name.split()[0])
+)

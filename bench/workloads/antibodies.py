@@ -1,0 +1,49 @@
+"""esm-cpp's own workload: logits of single antibody-like sequences with ESM-2, on one core and on all."""
+
+import os
+from functools import partial
+
+from inputs import proteins
+from measuring import Contest, Settings, Workload, against
+from peers.esm import config_of, flops, published
+from peers.esm_cpp import contestants, exact
+
+OWN = ("float32", "bfloat16", "float32-bfloat16")
+
+
+def logits(settings: Settings, model: str, count: int, threads: int) -> Contest:
+    """``count`` of the 256 sequences, spread over their lengths; all if that is asked for."""
+    count = 3 if settings.quick else 256 if settings.full else count
+    sequences, config = proteins("antibodies", count), config_of(model, settings.quick)
+    folder = published(model, settings.quick)
+    tokens = [len(sequence) + 2 for sequence in sequences]
+    everyone = contestants(folder, OWN, threads)
+    head = 2 * (config.channels + 33) * config.channels
+    return Contest(
+        contestants=everyone,
+        inputs=sequences,
+        units=sum(tokens),
+        flops=flops(config, tokens) + head * sum(tokens),
+        errors=against(proteins("antibodies", 2), exact(folder), everyone),
+        notes={"sequences": len(sequences), "tokens": sum(tokens), "longest": max(tokens)},
+    )
+
+
+def workload(model: str, count: int, threads: int, minutes: float) -> Workload:
+    label = "one-thread" if threads == 1 else "all-threads"
+    what = f"logits of {count} of esm-cpp's 256 antibody-like sequences (mean 127 tokens), strings in"
+    prepare = partial(logits, model=model, count=count, threads=threads)
+    return Workload(
+        f"antibodies {model} {label}", what, prepare, unit="tokens", rounds=5, minutes=minutes, threads=threads
+    )
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKLOADS = (
+    workload("esm2-8m", 256, CORES, 1.0),
+    workload("esm2-8m", 64, 1, 1.0),
+    workload("esm2-150m", 16, CORES, 1.0),
+    workload("esm2-150m", 16, 1, 1.0),
+    workload("esm2-650m", 4, CORES, 1.0),
+    workload("esm2-650m", 4, 1, 1.0),
+)
