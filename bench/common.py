@@ -11,6 +11,7 @@ import platform
 import random
 import re
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -188,6 +189,18 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def commit() -> str | None:
+    """Of this repository, with "+" behind it if files have changed since; None where git does not tell."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        told = subprocess.run(
+            [*git, "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return told.stdout.strip() or None
+
+
 def machine() -> dict[str, object]:
     """What the numbers were measured on."""
     flags = cpu("flags") or cpu("Features")
@@ -201,6 +214,7 @@ def machine() -> dict[str, object]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
         "python": platform.python_version(),
+        "commit": commit(),
         **versions(),
     }
 

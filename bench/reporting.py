@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 CLAIM = 1.05  # the least lower bound of an interval from which on we say that we are faster
+FEWEST = 3  # rounds, without which an interval says nothing
+BUSY = 0.05  # share of the processors from which on other programs are mentioned
+LEGEND = f"""Ratios are times as fast: medians over rounds with 95 % intervals. ~ is no claim to be faster: that takes
+an interval from {CLAIM} on, of at least {FEWEST} rounds. Parentheses are other dtypes. How: bench/README.md."""
 Results = dict[str, Any]
 """``{"machine": {...}, "date": ..., "workloads": {name: each}}`` with what `measure` gives, "failed" or "pending"."""
 
@@ -71,46 +75,48 @@ def verdicts(results: Results) -> str:
     return "\n".join(lines)
 
 
-def told(interval: Sequence[float], same: bool) -> str:
+def told(interval: Sequence[float], same: bool, rounds: int) -> str:
     """A ratio with its interval; "~" where it is no claim, in parentheses where the dtypes differ."""
     middle, low, high = interval
-    text = f"{'' if low >= CLAIM else '~'}{middle:.2f} [{low:.2f}, {high:.2f}]"
+    text = f"{'' if low >= CLAIM and rounds >= FEWEST else '~'}{middle:.2f} [{low:.2f}, {high:.2f}]"
     return text if same else f"({text})"
 
 
 def section(result: Mapping[str, Any]) -> str:
     """One workload: a line per contestant, a column of ratios for each of ours."""
-    rows = result["contestants"]
+    rows, rounds = result["contestants"], result["rounds"]
     ours = [name for name, each in rows.items() if each["ratios"]]
-    ceiling = ", ".join(
-        f"{what} {speed / 1e9:,.1f} GB/s" if what in ("read", "copy") else f"{what} {speed / 1e9:,.0f} GFLOP/s"
-        for what, speed in result["ceiling"].items()
-    )
     head = ["", "time", f"{result['unit']}/s", "of ceiling", "peak", "error", *(f"{name} is" for name in ours)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, each in rows.items():
-        share = "" if each["of_ceiling"] is None else f"{each['of_ceiling']:.0%}"
-        memory = "" if each.get("peak_mib") is None else f"{each['peak_mib']:,.0f} MiB"
-        error = "" if each["error"] is None else f"{each['error']:.0e}"
-        ratios = [
-            told(rows[who]["ratios"][name], rows[who]["dtype"] == each["dtype"]) if name in rows[who]["ratios"] else ""
-            for who in ours
-        ]
-        speed = f"{each['speed']:,.0f}" if each["speed"] >= 100 else f"{each['speed']:.2f}"
         label = name if name.endswith(each["dtype"]) else f"{name}, {each['dtype']}"
         taken = f"{each['median']:.3f} s"
+        speed = f"{each['speed']:,.0f}" if each["speed"] >= 100 else f"{each['speed']:.2f}"
+        share = "" if each["of_ceiling"] is None else f"{each['of_ceiling']:.0%}"
+        memory = "" if each["peak_mib"] is None else f"{each['peak_mib']:,.0f} MiB"
+        error = "" if each["error"] is None else f"{each['error']:.0e}"
+        known = [(rows[who]["ratios"].get(name), rows[who]["dtype"] == each["dtype"]) for who in ours]
+        ratios = [told(interval, same, rounds) if interval else "" for interval, same in known]
         lines.append(f"| {' | '.join([label, taken, speed, share, memory, error, *ratios])} |")
     notes = [
         f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in result["notes"].items()
     ]
-    notes += [f"without {name}: {reason}" for name, reason in result["missing"].items()]
-    notes += [f"{result['rounds']} rounds, {result['threads']} threads"]
-    notes += [f"other programs had {result['others']:.0%} of the processors"] if result["others"] > 0.05 else []
-    text = [f"### {result['workload']}", "", f"{result['what']} ({'; '.join(notes)}.)", "", *lines]
-    text += ["", f"Ceiling: {ceiling}."] if ceiling else []
-    for name, shares in result.get("profile", {}).items():
-        text += ["", f"Where the time of {name} goes: " + ", ".join(f"{what} {x:.0%}" for what, x in shares) + "."]
+    notes += [f"{result['threads']} threads", f"{rounds} rounds"]
+    notes += [f"other programs had {result['others']:.0%} of the processors"] if result["others"] > BUSY else []
+    notes += [
+        f"{what} {speed / 1e9:,.1f} GB/s" if what in ("read", "copy") else f"{what} {speed / 1e9:,.0f} GFLOP/s"
+        for what, speed in result["ceiling"].items()
+    ]
+    text = [f"### {result['workload']}", "", f"{capital(result['what'])}. {capital('; '.join(notes))}.", "", *lines]
+    absent = [f"{name} ({reason})" for name, reason in result["missing"].items()]
+    text += ["", f"Not taking part: {', '.join(absent)}."] if absent else []
+    for name, shares in result["profile"].items():
+        text += ["", f"Where the time of {name} goes: {', '.join(f'{what} {share:.0%}' for what, share in shares)}."]
     return "\n".join(text)
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def table(results: Results) -> str:
@@ -119,19 +125,17 @@ def table(results: Results) -> str:
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("torch", "transformers", "fair-esm") if machine.get(name)
     )
-    what = machine.get("gpu") if results.get("device") == "cuda" else f"{machine['cpu']}, {machine['cores']} cores"
-    flags = [flag for flag in machine["flags"] if flag.startswith(("amx", "avx512_bf16", "avx512_vnni", "sve", "bf16"))]
+    what = machine["gpu"] if results["device"] == "cuda" else f"{machine['cpu']}, {machine['cores']} cores"
+    special = [
+        each for each in machine["flags"] if each.startswith(("amx", "avx512_bf16", "avx512_vnni", "sve", "bf16"))
+    ]
     done = {name: each for name, each in workloads.items() if "contestants" in each}
-    text = [f"# {what}", "", f"{results['date']}; {versions}; Python {machine['python']}; {' '.join(flags)}.", ""]
-    text += [
-        "Ratios are times as fast: medians over rounds with 95 % intervals. ~ is no claim to be faster (an interval"
-    ]
-    text += [
-        f"from {CLAIM} on would be one), parentheses are other dtypes. `bench/README.md` says how it was measured.",
-        "",
-    ]
+    head = [results["date"], f"commit {machine['commit']}", versions, f"Python {machine['python']}", " ".join(special)]
+    text = [f"# {what}", "", f"{'; '.join(filter(None, head))}.", ""]
+    text += ["A rehearsal with tiny models: the numbers mean nothing.", ""] if results["quick"] else []
+    text += [LEGEND, ""]
     text += [part for each in done.values() for part in (section(each), "")]
-    if any(target.workload in done for target in TARGETS) and not results.get("quick"):
+    if any(target.workload in done for target in TARGETS) and not results["quick"]:
         text += ["### Targets", "", verdicts(results), ""]
     failed = {name: each["failed"] for name, each in workloads.items() if "failed" in each}
     text += [f"- {name} failed: {why.splitlines()[0]}" for name, why in failed.items()]

@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from measuring import (
     own_peak,
     relative,
 )
-from reporting import Results, load, save, table
+from reporting import Results, load, missed, save, table
 from workloads import WORKLOADS
 
 __all__ = [
@@ -53,25 +53,49 @@ def chosen(every: dict[str, Workload], only: Sequence[str]) -> dict[str, Workloa
     return {name: each for name, each in every.items() if not only or words[name] & set(only)}
 
 
-def begin(path: Path, names: Sequence[str], device: str, resume: bool) -> Results:
+def begin(path: Path, names: Sequence[str], settings: Settings, resume: bool) -> Results:
     """Results in which everything that is to be run is marked as pending; what else is there stays."""
     old = load(path) or {"workloads": {}}
     kept = {
         name: each for name, each in old["workloads"].items() if name not in names or (resume and "contestants" in each)
     }
     pending = {name: kept.get(name, {"pending": True}) for name in names}
-    return {"machine": machine(), "device": device, "date": time.strftime("%Y-%m-%d"), "workloads": kept | pending}
+    here = {"machine": machine(), "device": settings.device, "quick": settings.quick, "full": settings.full}
+    return {**here, "date": time.strftime("%Y-%m-%d"), "workloads": kept | pending}
 
 
-def run(some: dict[str, Workload], settings: Settings, path: Path, *, resume: bool, memory: bool) -> Results:
-    """Measure them one after the other. One that fails is a line in the results, not the end."""
-    results = begin(path, [*some], settings.device, resume)
+def run(
+    some: Mapping[str, Workload],
+    settings: Settings,
+    path: Path,
+    *,
+    resume: bool = False,
+    memory: str = "some",
+    minutes: float = float("inf"),
+) -> Results:
+    """Measure them one after the other. One that fails is a line in the results, not the end.
+
+    Args:
+        memory: whose peaks are measured: "all", "some" (the workloads that say so) or "none".
+        minutes: none begins after these, or if by its own estimate it would end later.
+    """
+    began = time.perf_counter()
+    results = begin(path, [*some], settings, resume)
     todo = {name: each for name, each in some.items() if "pending" in results["workloads"][name]}
+
+    def explain(found: Mapping[str, Any]) -> list[str]:
+        return [] if settings.quick else [target.ours for target in missed(found)]
+
+    peaks = {"all": lambda each: True, "some": lambda each: each.memory, "none": lambda each: False}
     print(f"{len(todo)} workloads, about {sum(each.minutes for each in todo.values()):.0f} minutes; into {path}.json")
     for name, workload in todo.items():
+        if (time.perf_counter() - began) / 60 + workload.minutes > minutes:
+            print(f"\n{name}: no time is left for it; go on with --resume", flush=True)
+            continue
         print(f"\n{name}: {workload.what}", flush=True)
         try:
-            found: dict[str, Any] = measure(workload, settings, memory=memory)
+            found: dict[str, Any] = measure(workload, settings, memory=peaks[memory](workload), explain=explain)
+            print(f"  {found['rounds']} rounds, {found['took']:.0f} s", flush=True)
         except Exception as error:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}"}
@@ -89,7 +113,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--full", action="store_true", help="as many proteins as the protocol says (hours on a CPU)")
     found.add_argument("--quick", action="store_true", help="tiny models and one round, to see that all works")
     found.add_argument("--resume", action="store_true", help="leave out what is in the results already")
-    found.add_argument("--no-memory", action="store_true", help="measure no peaks, which takes a run of each")
+    found.add_argument(
+        "--memory", choices=("all", "some", "none"), default="some", help="measure peaks, a process each"
+    )
+    found.add_argument("--minutes", type=float, default=35, help="after which no workload begins (default 35)")
     found.add_argument("--list", action="store_true", help="name the workloads and stop")
     found.add_argument("--peak", nargs=2, metavar=("WORKLOAD", "CONTESTANT"), help=argparse.SUPPRESS)
     return found
@@ -109,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:34s} {each.minutes:4.1f} min   {each.what}")
         return 0
     path = args.output / (machine_name(args.device) + ("-quick" if args.quick else ""))
-    results = run(some, settings, path, resume=args.resume, memory=not args.no_memory)
+    minutes = float("inf") if args.full else args.minutes
+    results = run(some, settings, path, resume=args.resume, memory=args.memory, minutes=minutes)
     print(f"\n{table(results)}")
     return int(any("failed" in results["workloads"][name] for name in some))
 

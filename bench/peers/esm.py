@@ -64,14 +64,13 @@ def in_file_order(sequences: Sequence[str]) -> list[int]:
     return list(range(len(sequences)))
 
 
-def transformers_model(folder: Path, dtype: str, device: str = "cpu") -> Any:
-    """Their encoder, with SDPA, their default."""
-    from transformers import EsmModel
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+def transformers_model(folder: Path, dtype: str, device: str = "cpu", name: str = "EsmModel", **how: Any) -> Any:
+    """One of their classes, with SDPA, their default. It says nothing of heads in the file that it leaves alone."""
+    import transformers
 
-    set_verbosity_error()  # of heads in the file that an encoder leaves alone
-    disable_progress_bar()
-    model = EsmModel.from_pretrained(folder, dtype=getattr(torch, dtype), add_pooling_layer=False)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = getattr(transformers, name).from_pretrained(folder, dtype=getattr(torch, dtype), **how)
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -165,7 +164,7 @@ def embedders(
 
     @cache
     def theirs(dtype: str) -> tuple[Any, Any]:
-        return transformers_model(folder, dtype, device), transformers_tokenizer()
+        return transformers_model(folder, dtype, device, add_pooling_layer=False), transformers_tokenizer()
 
     def hub(dtype: str, order: Callable[[Sequence[str]], list[int]]) -> Run:
         model, tokenizer = theirs(dtype)
@@ -203,10 +202,7 @@ def flops(config: Config, tokens: Sequence[int]) -> float:
 
 def transformers_masked(folder: Path, dtype: str, size: int = 32) -> Callable[[str, Sequence[str]], list[float]]:
     """Masked marginals as scripts compute them: a copy per hidden residue, in batches of 32, the whole head on top."""
-    from transformers import EsmForMaskedLM
-
-    model = EsmForMaskedLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    tokenizer = transformers_tokenizer()
+    model, tokenizer = transformers_model(folder, dtype, name="EsmForMaskedLM"), transformers_tokenizer()
 
     def scores(wild_type: str, substitutions: Sequence[str]) -> list[float]:
         ids = tokenizer(wild_type, return_tensors="pt")["input_ids"].repeat(len(wild_type), 1)

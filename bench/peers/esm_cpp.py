@@ -24,7 +24,7 @@ from plm.loading import Model
 from plm.packing import in_order
 
 PYTHON = Path(__file__).parents[2] / ".venv" / "esm-cpp" / "bin" / "python"
-CALIBRATION = 16  # proteins whose activations are observed
+CALIBRATION = 4  # proteins whose activations are observed
 
 
 class EsmCpp:

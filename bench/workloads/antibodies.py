@@ -29,21 +29,22 @@ def logits(settings: Settings, model: str, count: int, threads: int) -> Contest:
     )
 
 
-def workload(model: str, count: int, threads: int, minutes: float) -> Workload:
-    label = "one-thread" if threads == 1 else "all-threads"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workload(model: str, count: int, label: str, minutes: float, memory: bool = False) -> Workload:
+    threads = 1 if label == "one-thread" else CORES
     what = f"logits of {count} of esm-cpp's 256 antibody-like sequences (mean 127 tokens), strings in"
     prepare = partial(logits, model=model, count=count, threads=threads)
-    return Workload(
-        f"antibodies {model} {label}", what, prepare, unit="tokens", rounds=5, minutes=minutes, threads=threads
-    )
+    name = f"antibodies {model} {label}"
+    return Workload(name, what, prepare, unit="tokens", minutes=minutes, threads=threads, memory=memory)
 
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKLOADS = (
-    workload("esm2-8m", 256, CORES, 1.0),
-    workload("esm2-8m", 64, 1, 1.0),
-    workload("esm2-150m", 16, CORES, 1.0),
-    workload("esm2-150m", 16, 1, 1.0),
-    workload("esm2-650m", 4, CORES, 1.0),
-    workload("esm2-650m", 4, 1, 1.0),
+    workload("esm2-8m", 256, "all-threads", 1.0),
+    workload("esm2-8m", 64, "one-thread", 0.6),
+    workload("esm2-150m", 16, "all-threads", 1.5, memory=True),
+    workload("esm2-150m", 8, "one-thread", 0.9),
+    workload("esm2-650m", 2, "all-threads", 1.1),
+    workload("esm2-650m", 2, "one-thread", 1.1),
 )

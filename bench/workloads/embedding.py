@@ -1,14 +1,19 @@
 """W1 and W2: embeddings with ESM-2, of proteins of all lengths and of one length."""
 
+from collections.abc import Mapping
 from functools import partial
 from random import Random
+from typing import Any
 
 from inputs import padded, protein, proteins
-from measuring import Contest, Settings, Workload, against
-from peers.esm import BATCH, config_of, embedders, exact, flops, published
+from measuring import Contest, Contestant, Run, Settings, Workload, against
+from peers.esm import BATCH, config_of, embedders, exact, flops, published, transformers_tokenizer
+
+from plm.vocabularies import esm_tokenizer
 
 PROBE = (20, 33, 47)  # residues of the proteins whose vectors are compared with float64
 MIXED = "float32-bfloat16"
+TOKENIZER = esm_tokenizer()
 
 
 def swiss_prot(
@@ -52,30 +57,60 @@ def contest(
     )
 
 
-def w1(model: str, dtype: str, count: int, ways: str, own: str, **how: float) -> Workload:
+def w1(model: str, dtype: str, count: int, ways: str, own: str, **how: Any) -> Workload:
     what = f"embed {count} random proteins with Swiss-Prot's lengths, strings in, mean vectors out"
-    prepare = partial(
-        swiss_prot, model=model, dtype=dtype, count=count, ways=tuple(ways.split()), own=tuple(own.split())
+    names = {"ways": tuple(ways.split()), "own": tuple(own.split())}
+    return Workload(
+        f"W1 {model} {dtype}", what, partial(swiss_prot, model=model, dtype=dtype, count=count, **names), **how
     )
-    return Workload(f"W1 {model} {dtype}", what, prepare, **how)  # type: ignore[arg-type]
 
 
-def w2(model: str, dtype: str, shape: tuple[int, int], **how: float) -> Workload:
+def w2(model: str, dtype: str, shape: tuple[int, int], minutes: float) -> Workload:
     prepare = partial(uniform, model=model, dtype=dtype, shape=shape, ways=("tuned",), own=(dtype,))
     name = "{}x{}".format(*shape)
     what = f"embed {name} tokens: no pads, so packing gives nothing"
-    return Workload(f"W2 {model} {name} {dtype}", what, prepare, unit="residues", **how)  # type: ignore[arg-type]
+    return Workload(f"W2 {model} {name} {dtype}", what, prepare, minutes=minutes)
+
+
+def tokenizers(settings: Settings) -> Contest:
+    """Residues to ids: shown separately, because it may take longer than the model."""
+    sequences = proteins("swiss_prot", 8 if settings.quick else None)
+
+    def hub() -> Run:
+        tokenizer = transformers_tokenizer()
+        return lambda sequences: tokenizer(sequences)["input_ids"]
+
+    def fair() -> Run:
+        import esm
+
+        alphabet = esm.data.Alphabet.from_architecture("ESM-1b")
+        return lambda sequences: [alphabet.encode(sequence) for sequence in sequences]
+
+    def own() -> Run:
+        return lambda sequences: [TOKENIZER.residues(sequence) for sequence in sequences]
+
+    def errors(runs: Mapping[str, Run]) -> dict[str, float]:
+        ids = {
+            name: [[i for i in row if i > 3] for row in run(sequences)] for name, run in runs.items()
+        }  # residues alone
+        assert all(each == ids["plm"] for each in ids.values()), "the ids differ"
+        return dict.fromkeys(ids, 0.0)
+
+    everyone = {"transformers": Contestant(hub), "fair-esm": Contestant(fair), "plm": Contestant(own)}
+    return Contest(everyone, sequences, sum(map(len, sequences)), errors=errors, notes={"proteins": len(sequences)})
 
 
 WORKLOADS = (
-    w1("esm2-8m", "float32", 48, "default tuned fair-esm", "float32"),
-    w1("esm2-8m", "bfloat16", 48, "default common tuned fair-esm", f"bfloat16 {MIXED}"),
-    w1("esm2-150m", "float32", 16, "default tuned fair-esm", "float32"),
-    w1("esm2-150m", "bfloat16", 16, "common tuned", f"bfloat16 {MIXED}"),
-    w1("esm2-650m", "bfloat16", 8, "common tuned", f"bfloat16 {MIXED}"),
-    w2("esm2-8m", "bfloat16", (8, 256)),
-    w2("esm2-150m", "float32", (1, 350)),
-    w2("esm2-150m", "bfloat16", (1, 350)),
-    w2("esm2-150m", "bfloat16", (8, 256)),
-    w2("esm2-150m", "bfloat16", (1, 2048)),
+    Workload(
+        "W1 tokenizer", "token ids of 1,000 proteins with Swiss-Prot's lengths", tokenizers, ceiling=None, minutes=0.6
+    ),
+    w1("esm2-8m", "float32", 32, "default tuned fair-esm", "float32", minutes=0.7),
+    w1("esm2-8m", "bfloat16", 32, "default common tuned fair-esm", f"bfloat16 {MIXED}", minutes=1.4, memory=True),
+    w1("esm2-150m", "float32", 16, "default tuned", "float32", minutes=2.6),
+    w1("esm2-150m", "bfloat16", 16, "common tuned", f"bfloat16 {MIXED}", minutes=2.8),
+    w1("esm2-650m", "bfloat16", 4, "tuned", f"bfloat16 {MIXED}", minutes=2.0),
+    w2("esm2-8m", "bfloat16", (8, 256), 0.3),
+    w2("esm2-150m", "bfloat16", (1, 350), 0.4),
+    w2("esm2-150m", "bfloat16", (4, 256), 0.5),
+    w2("esm2-150m", "bfloat16", (1, 2048), 0.8),
 )

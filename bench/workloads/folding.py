@@ -49,7 +49,8 @@ WORKLOADS = tuple(
         f"one of 48 blocks of ESMFold's trunk at {length} residues",
         partial(block, dtype="float32", length=length),
         unit="blocks",
-        rounds=5,
+        minutes=1.0 if length == 256 else 0.4,
+        memory=length == 256,
     )
     for length in (128, 256)
 )

@@ -95,13 +95,14 @@ WORKLOADS = (
         "score all single substitutions of a protein of 198 residues by masked marginals",
         partial(masked, model="esm2-8m", dtype="float32", length=198),
         unit="variants",
+        minutes=0.9,
     ),
     Workload(
         "W3 progen2-small likelihood float32",
-        "score the 19 substitutions of a residue of a protein of 100 by likelihood in both directions",
-        partial(by_likelihood, dtype="float32", length=100),
+        "score the 19 substitutions of a residue of a protein of 60 by likelihood in both directions",
+        partial(by_likelihood, dtype="float32", length=60),
         unit="variants",
         ceiling=None,
-        rounds=5,
+        minutes=0.8,
     ),
 )

@@ -59,5 +59,7 @@ WORKLOADS = (
         cold,
         unit="starts",
         ceiling=None,
+        minutes=0.9,
+        memory=True,
     ),
 )

@@ -123,7 +123,8 @@ WORKLOADS = (
             f"hidden states of {batch} x {length} tokens from an encoder of Ankh3-large's width",
             partial(encoder, dtype=dtype, length=length, batch=batch),
             unit="tokens",
-            rounds=5,
+            minutes=0.9 if length == 2048 else 0.6,
+            memory=(length, dtype) == (2048, "bfloat16"),
         )
         for length, batch, dtype in (
             (256, 8, "bfloat16"),
@@ -139,7 +140,7 @@ WORKLOADS = (
             partial(completion, batch=batch),
             unit="tokens",
             ceiling="read",
-            rounds=5,
+            minutes=0.8,
         )
         for batch in (1, 16)
     ),

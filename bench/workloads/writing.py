@@ -68,9 +68,9 @@ class OwnWriter:
         return logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
 
 
-def texts(settings: Settings, size: str, way: str, batch: int) -> Contest:
+def texts(settings: Settings, size: str, way: str, batch: int, new: int) -> Contest:
     """``batch`` texts: greedy, of as many prompts; or samples of one prompt."""
-    shape, new = (TINY, 8) if settings.quick else (SIZES[size], 512 if settings.full else 64)
+    shape, new = (TINY, 8) if settings.quick else (SIZES[size], 512 if settings.full else new)
     samples = batch if way == "samples" else 1
     rows = prompts(batch // samples, PROMPT)
 
@@ -102,16 +102,17 @@ WORKLOADS = (
     Workload(
         "W5 progen2-small batch-1",
         "write one text of 64 new tokens, greedy",
-        partial(texts, size="small", way="prompts", batch=1),
+        partial(texts, size="small", way="prompts", batch=1, new=64),
         unit="tokens",
         ceiling="read",
+        minutes=1.3,
     ),
     Workload(
         "W5 progen2-small batch-16",
-        "write 16 samples of one prompt, 64 new tokens each",
-        partial(texts, size="small", way="samples", batch=16),
+        "write 16 samples of one prompt, 32 new tokens each",
+        partial(texts, size="small", way="samples", batch=16, new=32),
         unit="tokens",
         ceiling="read",
-        rounds=5,
+        minutes=1.3,
     ),
 )
