@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_ceiling, cpu, gemm_ceiling, others_seconds, race, ratio, read_ceiling, seconds
+from common import commit, copy_ceiling, cpu, gemm_ceiling, others_seconds, race, ratio, read_ceiling, seconds
 from torch import Tensor
 
 Run = Callable[[Any], Any]
@@ -90,6 +90,7 @@ class Workload:
     minutes: float = 1.0  # that it takes in all on two cores with AVX-512, roughly
     threads: int | None = None  # None: as many as torch takes
     memory: bool = False  # whether peaks are measured unless all or none are asked for
+    devices: tuple[str, ...] = ("cpu",)
 
 
 def measure(
@@ -105,9 +106,13 @@ def measure(
     ``explain`` names from what was found those whose time is to be split by operations: who missed a target.
     """
     began, before = time.perf_counter(), state_of_machine()
-    with threads(workload.threads):
+    with threads(workload.threads), ExitStack() as stack:
         contest = workload.prepare(settings)
         runs, missing = built(contest.contestants)
+        if not runs:
+            raise Missing(f"nobody can take part: {missing}")
+        for run in runs.values():
+            stack.callback(getattr(run, "close", lambda: None))  # processes of peers end
         work = {name: without_gradients(run, contest.inputs) for name, run in runs.items()}
         with torch.inference_mode():  # and not before: weights that are made in it are inference tensors
             errors = dict(contest.errors(runs)) if contest.errors else {}
@@ -126,9 +131,8 @@ def measure(
             "others": others,
         }  # fmt: skip
         found["profile"] = {name: profile(work[name], settings.device) for name in sorted(set(explain(found)))}
-    for run in runs.values():
-        getattr(run, "close", lambda: None)()
-    return found | {"state": [before, state_of_machine()], "took": time.perf_counter() - began}
+    ended = {"state": [before, state_of_machine()], "took": time.perf_counter() - began}
+    return found | ended | {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
 
 
 def without_gradients(run: Run, inputs: Any) -> Callable[[], object]:
@@ -166,9 +170,9 @@ def raced(
     start, before = time.perf_counter(), others_seconds(processes)
     times = race(work, 1, timer=timer, processes=processes)
     counts = settings.quick or sum(taken[0] for taken in times.values()) > LONG
+    budget = float("inf") if settings.rounds else workload.budget - (time.perf_counter() - start) * counts
     later = race(
-        work, most - counts, timer=timer, window=window, processes=processes, fewest=3 - counts,
-        budget=workload.budget - (time.perf_counter() - start) * counts,
+        work, most - counts, timer=timer, window=window, budget=budget, fewest=3 - counts, processes=processes
     )  # fmt: skip
     passed = (time.perf_counter() - start) * (os.cpu_count() or 1)
     others = (others_seconds(processes) - before) / passed

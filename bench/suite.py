@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     settings = Settings(args.device, args.quick, args.full, args.rounds)
-    every = {each.name: each for each in WORKLOADS}
+    every = {each.name: each for each in WORKLOADS if args.device in each.devices}
     if args.peak:
         workload, name = args.peak
         print(own_peak(every[workload], name, settings))
@@ -135,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, each in some.items():
             print(f"{name:34s} {each.minutes:4.1f} min   {each.what}")
         return 0
-    path = args.output / (machine_name(args.device) + ("-quick" if args.quick else ""))
+    kind = "-quick" if args.quick else "-full" if args.full else ""
+    path = args.output / f"{machine_name(args.device)}{kind}"
     minutes = float("inf") if args.full else args.minutes
     results = run(some, settings, path, resume=args.resume, memory=args.memory, minutes=minutes)
     print(f"\n{table(results)}")

@@ -19,8 +19,8 @@ TOKENIZER = esm_tokenizer()
 def swiss_prot(
     settings: Settings, model: str, dtype: str, count: int, ways: tuple[str, ...], own: tuple[str, ...]
 ) -> Contest:
-    """``count`` proteins with Swiss-Prot's lengths; all 1,000 if that is asked for."""
-    count = 3 if settings.quick else 1000 if settings.full else count
+    """``count`` proteins with Swiss-Prot's lengths; all 1,000 on a GPU, or if that is asked for."""
+    count = 3 if settings.quick else 1000 if settings.full or settings.device == "cuda" else count
     sequences = proteins("swiss_prot", count, BATCH)
     if settings.quick:
         sequences = [sequence[:40] for sequence in sequences]
@@ -58,10 +58,14 @@ def contest(
 
 
 def w1(model: str, dtype: str, count: int, ways: str, own: str, **how: Any) -> Workload:
-    what = f"embed {count} random proteins with Swiss-Prot's lengths, strings in, mean vectors out"
+    what = "embed random proteins with Swiss-Prot's lengths, strings in, mean vectors out"
     names = {"ways": tuple(ways.split()), "own": tuple(own.split())}
     return Workload(
-        f"W1 {model} {dtype}", what, partial(swiss_prot, model=model, dtype=dtype, count=count, **names), **how
+        f"W1 {model} {dtype}",
+        what,
+        partial(swiss_prot, model=model, dtype=dtype, count=count, **names),
+        devices=("cpu", "cuda"),
+        **how,
     )
 
 
@@ -69,7 +73,7 @@ def w2(model: str, dtype: str, shape: tuple[int, int], minutes: float) -> Worklo
     prepare = partial(uniform, model=model, dtype=dtype, shape=shape, ways=("tuned",), own=(dtype,))
     name = "{}x{}".format(*shape)
     what = f"embed {name} tokens: no pads, so packing gives nothing"
-    return Workload(f"W2 {model} {name} {dtype}", what, prepare, minutes=minutes)
+    return Workload(f"W2 {model} {name} {dtype}", what, prepare, minutes=minutes, devices=("cpu", "cuda"))
 
 
 def tokenizers(settings: Settings) -> Contest:
