@@ -140,7 +140,7 @@ WORKLOADS = (
             partial(completion, batch=batch),
             unit="tokens",
             ceiling="read",
-            minutes=0.8,
+            minutes=1.0,
         )
         for batch in (1, 16)
     ),
