@@ -26,6 +26,7 @@ from measuring import (
     Settings,
     Workload,
     against,
+    give_back_memory,
     measure,
     own_peak,
     relative,
@@ -99,6 +100,7 @@ def run(
         except Exception as error:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}"}
+        give_back_memory()  # networks of 650 M parameters in float64 are among it
         results["workloads"][name] = found
         save(results, path)
     return results
