@@ -1,0 +1,170 @@
+"""All that needs a GPU, in under nine minutes: is it right, how exact is it, and how fast.
+
+    python bench/device.py --output FOLDER                        # on a CUDA device, everything
+    python bench/device.py --output FOLDER --only parity suite    # some phases
+    python bench/device.py --output FOLDER --device cpu --quick   # a rehearsal: kernels interpreted, tiny sizes
+
+The phases, each in a process of its own with a share of the time:
+
+    environment   device, driver, versions, clocks, and what the machine can do at most (products, copies, launches)
+    kernels       tests/test_gpu_*.py, and whole networks at published widths with Triton's kernels and without
+    parity        stored truths of the originals in float64 against this device in every dtype; alone = in a batch
+    suite         times and memory at published sizes, against peers in the same process and run
+
+``device.json`` and ``device.md`` in the folder are whole after every fact, so that a run which is killed leaves what it
+had found. Nothing is installed or downloaded; what is not there is listed as missing. Exit code 0: everything that was
+asked for ran to its end and every check passed; 1: not so; 2: the arguments are wrong.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from on_device import report
+from on_device.job import Job, read_facts
+
+ROOT = Path(__file__).resolve().parents[1]
+# Seconds of nine minutes. What a phase leaves goes to those after it.
+SHARES = {"environment": 30, "kernels": 150, "parity": 80, "suite": 270}
+CHECKING = ("kernels", "parity")
+WRITING = 5  # seconds for the last report
+GRACE = 4  # seconds between asking a process to stop and stopping it
+
+
+def environment() -> dict[str, str]:
+    """Variables for a phase: this checkout is what is imported, and the hub is never asked."""
+    folders = [ROOT / name for name in ("", "kernels", "weights", "bench", "tests")]
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def share(phase: str, phases: list[str], left: float) -> float:
+    """Seconds for a phase, of ``left`` for it and those after it."""
+    rest = phases[phases.index(phase) :]
+    return left * SHARES[phase] / sum(SHARES[name] for name in rest)
+
+
+class Run:
+    """One run: what was found so far, and where it is written."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.deadline = time.time() + 60 * args.minutes - WRITING
+        self.facts: list[report.Fact] = []
+        self.state = dict.fromkeys(args.only, "not run")
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def write(self, more: list[report.Fact] | None = None) -> None:
+        facts = self.facts + (more or [])
+        settings = {"device": self.args.device, "quick": self.args.quick, "minutes": self.args.minutes}
+        report.write(self.args.output, facts, self.state, settings)
+
+    def phase(self, name: str) -> None:
+        """Run one phase to its end, or until its time is over."""
+        seconds = share(name, self.args.only, self.deadline - time.time())
+        if seconds < 1:
+            self.state[name] = "no time left"
+            return
+        until = time.time() + seconds
+        with tempfile.TemporaryDirectory() as folder, (self.args.output / f"{name}.log").open("wb") as log:
+            lines = Path(folder) / "facts.jsonl"
+            command = [sys.executable, "-u", __file__, "--phase", name, "--until", str(until), "--lines", str(lines)]
+            command += ["--device", self.args.device, "--output", str(self.args.output)]
+            command += ["--quick"] * self.args.quick
+            self.state[name] = "running"
+            self.child = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            )
+            told = 0
+            while self.child.poll() is None and time.time() < until + GRACE:
+                time.sleep(0.2)
+                if len(facts := read_facts(lines)) > told:
+                    for fact in facts[told:]:
+                        print(report.line(fact), flush=True)
+                    told = len(facts)
+                    self.write(facts)
+            late = self.child.poll() is None
+            self.stop()
+            found = read_facts(lines)
+            for fact in found[told:]:
+                print(report.line(fact), flush=True)
+            self.facts += found
+            ended = any(fact["kind"] == "end" for fact in found)
+            code = self.child.returncode
+            self.state[name] = "complete" if ended else "out of time" if late else f"stopped with code {code}"
+        self.write()
+
+    def stop(self) -> None:
+        """End the phase that is running, with all that it started."""
+        if self.child is None or self.child.poll() is not None:
+            return
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            os.killpg(self.child.pid, sign)
+            try:
+                self.child.wait(GRACE)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+    def interrupted(self, sign: int, frame: object) -> None:
+        self.stop()
+        self.state = {k: "interrupted" if v == "running" else v for k, v in self.state.items()}
+        self.write()
+        sys.exit(1)
+
+
+def work(args: argparse.Namespace) -> None:
+    """One phase, in a process of its own, which ends itself if nobody else does."""
+    signal.alarm(max(1, round(args.until - time.time()) + 2 * GRACE))
+    job = Job(args.phase, args.device, args.quick, args.until, args.lines)
+    importlib.import_module(f"on_device.{args.phase}").run(job)
+    job.tell("end", args.phase)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="All that needs a GPU: correctness, parity and speed.")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where device.json goes")
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--only", nargs="+", choices=SHARES, default=[*SHARES], metavar="PHASE", help=", ".join(SHARES))
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a rehearsal, no measurement")
+    parser.add_argument("--phase", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.only = [name for name in SHARES if name in args.only]
+    if args.device == "cpu" and not args.quick:
+        parser.error("on a CPU the published sizes take hours: add --quick for a rehearsal (CPUs: bench/suite.py)")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.phase:
+        work(args)
+        return 0
+    args.output.mkdir(parents=True, exist_ok=True)
+    run = Run(args)
+    signal.signal(signal.SIGTERM, run.interrupted)
+    signal.signal(signal.SIGINT, run.interrupted)
+    run.write()
+    for name in args.only:
+        print(f"== {name}", flush=True)
+        run.phase(name)
+    print("\n" + report.summary(run.facts, run.state))
+    return 0 if report.passed(run.facts, run.state) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

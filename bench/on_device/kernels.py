@@ -1,0 +1,169 @@
+"""Are the kernels right on this device: their own tests, and whole networks at published widths with and without them.
+
+A network passes if Triton's kernels bring it no farther from float64 than twice what torch's own do.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from on_device.job import Fact, Job, read_facts
+from on_device.launches import Launches, watched
+from on_device.networks import CASES, Case, converted
+from plm_kernels import backends
+
+TESTS = Path(__file__).parents[2] / "tests"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def run(job: Job) -> None:
+    launched: Launches = {}
+    for case in CASES:
+        job.attempt("network", case.name, lambda case=case: network(job, case, launched))
+    modules = {path.rpartition(".")[2] for path in backends.KERNELS.values()}
+    for name, found in launched.items():
+        job.tell("kernel", name, **found)
+    if backends.triton_available():
+        job.tell("kernels", "picks", **backends.picks())
+        if broken := dict(backends.broken()):
+            job.tell("check", "every kernel works", ok=False, error="; ".join(f"{k}: {v}" for k, v in broken.items()))
+        unseen = sorted(modules - {name.partition(".")[0] for name in launched})
+        job.tell("kernels", "not met in a network", names=", ".join(unseen) or "none")
+    else:
+        job.tell("check", "Triton", ok=False, error="not installed: no kernel can run")
+    test_files(job, modules)
+
+
+# Networks
+
+
+def network(job: Job, case: Case, launched: Launches) -> None:
+    """One family in every dtype: with Triton's kernels and torch's own, against its float64."""
+    whole, rows = case.network(job.quick, job.device), case.rows(job.quick, job.device)
+    truth = results(converted(whole, torch.float64), case, rows, "torch")
+    for dtype in DTYPES:
+        told = f"{case.name}, {str(dtype).removeprefix('torch.')}"
+        if dtype == torch.float16 and not case.float16:
+            continue
+        # Without a GPU products in bfloat16 are interpreted wrongly (tests/kernel_device.py).
+        if dtype == torch.bfloat16 and not job.on_gpu:
+            continue
+
+        def compare(dtype: torch.dtype = dtype, told: str = told) -> None:
+            net = converted(whole, dtype)
+            with warnings.catch_warnings(record=True) as said, watched() as found:
+                warnings.simplefilter("always")
+                ours = results(net, case, rows, "triton" if not job.on_gpu else "auto")
+            add(launched, found)
+            plain = results(net, case, rows, "torch")
+            error, floor = relative(ours, truth), relative(plain, truth)
+            fell = [str(each.message) for each in said if issubclass(each.category, backends.KernelWarning)]
+            # The noise floor: torch's own error in this dtype; at least a unit in the last place.
+            ok = error <= 2 * max(floor, torch.finfo(dtype).eps) and not fell
+            job.tell(
+                "network", told, ok=ok, error_of=error, torchs_error=floor, kernels=sorted(found),
+                **({"error": "; ".join(fell)} if fell else {}),
+            )  # fmt: skip
+
+        job.attempt("network", told, compare)
+
+
+def results(net: Any, case: Case, rows: Sequence[Tensor], choice: str) -> list[Tensor]:
+    with torch.inference_mode(), preferring(choice):
+        return case.run(net, rows)
+
+
+@contextmanager
+def preferring(choice: str) -> Iterator[None]:
+    """What "auto" means inside: "torch", "triton", or as it is."""
+    prefer = getattr(backends, "prefer", None)
+    if choice != "auto" and prefer is None:
+        raise RuntimeError("this version cannot choose kernels for a whole network (plm_kernels.backends.prefer)")
+    with nullcontext() if choice == "auto" else prefer(choice):
+        yield
+
+
+def relative(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Root mean square error relative to that of the truth; a NaN is infinitely wrong."""
+    difference = torch.cat([(x.double() - y.double()).flatten() for x, y in zip(found, truth, strict=True)])
+    error = difference.norm() / torch.cat([y.double().flatten() for y in truth]).norm()
+    return float(error.nan_to_num(torch.inf))
+
+
+def add(total: Launches, found: Launches) -> None:
+    for name, entry in found.items():
+        into = total.setdefault(name, {"launches": 0})
+        for key, value in entry.items():
+            into[key] = into.get(key, 0) + value if key == "launches" else max(into.get(key, 0), value)
+
+
+# Tests
+
+
+def test_files(job: Job, modules: set[str]) -> None:
+    """Run tests/test_gpu_*.py and count by file; each kernel's module must have a file that passes."""
+    files = sorted(TESTS.glob("test_gpu_*.py"))
+    for name in sorted(modules - {path.stem.removeprefix("test_gpu_") for path in files}):
+        job.tell("tests", name, ok=False, error=f"there is no tests/test_gpu_{name}.py")
+    if not files:
+        return
+    if find_spec("pytest") is None:
+        job.tell("check", "pytest", ok=False, error="not installed: the kernels' own tests were not run")
+        return
+    with TemporaryDirectory() as folder:
+        outcomes = Path(folder) / "outcomes.jsonl"
+        run_tests(job, files, outcomes)
+        count(job, files, read_facts(outcomes))
+
+
+def run_tests(job: Job, files: Sequence[Path], outcomes: Path) -> None:
+    """Run them, until they end or the time does."""
+    command = [sys.executable, "-m", "pytest", *map(str, files), "-p", "on_device.recorder", "-p", "no:cacheprovider"]
+    command += ["--no-header", "--tb=short", "-q"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if job.on_gpu and find_spec("xdist") is not None and cores > 2:
+        command += ["-n", str(min(8, cores - 1))]  # compiling is most of the work, and is done on the CPU
+    settings = {"PLM_OUTCOMES": str(outcomes), "PLM_TESTS_PER_FILE": "2" if job.quick else "0"}
+    if not job.on_gpu:
+        settings["TRITON_INTERPRET"] = "1"
+    process = subprocess.Popen(command, env={**os.environ, **settings}, cwd=TESTS.parent)
+    try:
+        process.wait(max(1, job.left() - 3))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def count(job: Job, files: Sequence[Path], outcomes: Sequence[Fact]) -> None:
+    """A fact per file."""
+    ran: defaultdict[str, list[Fact]] = defaultdict(list)
+    wanted: Counter[str] = Counter()
+    for each in outcomes:
+        file = Path(each["test"].partition("::")[0]).stem
+        if each["outcome"] == "collected":
+            wanted[file] += each["count"]
+        else:
+            ran[file].append(each)
+    for file in (path.stem for path in files):
+        found = {each["test"]: each for each in ran[file]}.values()
+        counts = Counter(each["outcome"] for each in found)
+        failures = [f"{each['test']}: {each['reason']}" for each in found if each["outcome"] == "failed"]
+        reasons = {each["reason"] for each in found if each["outcome"] == "skipped"}
+        whole = len(found) >= wanted[file] > 0
+        job.tell(
+            "tests", file.removeprefix("test_gpu_"), ok=whole and not failures and counts["passed"] > 0,
+            passed=counts["passed"], failed=counts["failed"], skipped=counts["skipped"], tests=wanted[file],
+            seconds=sum(each["seconds"] for each in found), failures=failures[:10], reasons=sorted(reasons)[:5],
+            **({} if whole else {"error": "not all of its tests were run in time"}),
+        )  # fmt: skip
