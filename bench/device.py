@@ -24,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from on_device import report
 from on_device.job import Job, read_facts
@@ -33,20 +35,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # Seconds of nine minutes. What a phase leaves goes to those after it.
 SHARES = {"environment": 30, "kernels": 150, "parity": 80, "suite": 270}
 CHECKING = ("kernels", "parity")
+PARTS = {"kernels": 6, "parity": 6}  # processes on a GPU: compiling kernels is work for the CPU
 WRITING = 5  # seconds for the last report
 GRACE = 4  # seconds between asking a process to stop and stopping it
 
 
-def environment() -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """Variables for a phase: this checkout is what is imported, and the hub is never asked."""
     folders = [ROOT / name for name in ("", "kernels", "weights", "bench", "tests")]
     paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    rehearsal = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    return {**os.environ, **settings, **rehearsal}
 
 
 def share(phase: str, phases: list[str], left: float) -> float:
@@ -63,12 +63,11 @@ class Run:
         self.deadline = time.time() + 60 * args.minutes - WRITING
         self.facts: list[report.Fact] = []
         self.state = dict.fromkeys(args.only, "not run")
-        self.child: subprocess.Popen[bytes] | None = None
+        self.children: list[subprocess.Popen[bytes]] = []
 
-    def write(self, more: list[report.Fact] | None = None) -> None:
-        facts = self.facts + (more or [])
+    def write(self, more: Sequence[report.Fact] = ()) -> None:
         settings = {"device": self.args.device, "quick": self.args.quick, "minutes": self.args.minutes}
-        report.write(self.args.output, facts, self.state, settings)
+        report.write(self.args.output, [*self.facts, *more], self.state, settings)
 
     def phase(self, name: str) -> None:
         """Run one phase to its end, or until its time is over."""
@@ -76,46 +75,54 @@ class Run:
         if seconds < 1:
             self.state[name] = "no time left"
             return
-        until = time.time() + seconds
+        self.state[name], until = "running", time.time() + seconds
+        parts = PARTS.get(name, 1) if self.args.device != "cpu" else 1
         with tempfile.TemporaryDirectory() as folder, (self.args.output / f"{name}.log").open("wb") as log:
-            lines = Path(folder) / "facts.jsonl"
-            command = [sys.executable, "-u", __file__, "--phase", name, "--until", str(until), "--lines", str(lines)]
-            command += ["--device", self.args.device, "--output", str(self.args.output)]
-            command += ["--quick"] * self.args.quick
-            self.state[name] = "running"
-            self.child = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-            )
+            lines = [Path(folder) / f"{part}.jsonl" for part in range(parts)]
+            self.children = [self.start(name, part, until, lines, log) for part in range(parts)]
             told = 0
-            while self.child.poll() is None and time.time() < until + GRACE:
+            while self.running() and time.time() < until + GRACE:
                 time.sleep(0.2)
-                if len(facts := read_facts(lines)) > told:
-                    for fact in facts[told:]:
-                        print(report.line(fact), flush=True)
-                    told = len(facts)
-                    self.write(facts)
-            late = self.child.poll() is None
+                told = self.say(lines, told)
+            late = self.running()
             self.stop()
-            found = read_facts(lines)
+            self.say(lines, told)
+            found = collected(lines)
+        ended = sum(fact["kind"] == "end" for fact in found) == parts
+        codes = sorted({child.returncode for child in self.children})
+        self.state[name] = "complete" if ended else "out of time" if late else f"stopped with codes {codes}"
+        self.facts += found
+        self.write()
+
+    def start(self, name: str, part: int, until: float, lines: list[Path], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-u", __file__, "--phase", name, "--part", str(part), str(len(lines))]
+        command += ["--until", str(until), "--lines", str(lines[part])]
+        command += ["--device", self.args.device, "--output", str(self.args.output)]
+        command += ["--quick"] * self.args.quick
+        variables = environment(self.args.device)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
+
+    def say(self, lines: list[Path], told: int) -> int:
+        """Print and write what has come since ``told`` facts were there; how many there are now."""
+        found = collected(lines)
+        if len(found) > told:
             for fact in found[told:]:
                 print(report.line(fact), flush=True)
-            self.facts += found
-            ended = any(fact["kind"] == "end" for fact in found)
-            code = self.child.returncode
-            self.state[name] = "complete" if ended else "out of time" if late else f"stopped with code {code}"
-        self.write()
+            self.write(found)
+        return len(found)
+
+    def running(self) -> bool:
+        return any(child.poll() is None for child in self.children)
 
     def stop(self) -> None:
         """End the phase that is running, with all that it started."""
-        if self.child is None or self.child.poll() is not None:
-            return
         for sign in (signal.SIGTERM, signal.SIGKILL):
-            os.killpg(self.child.pid, sign)
-            try:
-                self.child.wait(GRACE)
-                return
-            except subprocess.TimeoutExpired:
-                continue
+            for child in self.children:
+                if child.poll() is None:
+                    os.killpg(child.pid, sign)
+            patience = time.time() + GRACE
+            while self.running() and time.time() < patience:
+                time.sleep(0.05)
 
     def interrupted(self, sign: int, frame: object) -> None:
         self.stop()
@@ -124,10 +131,15 @@ class Run:
         sys.exit(1)
 
 
+def collected(lines: Sequence[Path]) -> list[report.Fact]:
+    """All facts of a phase, in the order in which they were told."""
+    return sorted((fact for path in lines for fact in read_facts(path)), key=lambda fact: fact["at"])
+
+
 def work(args: argparse.Namespace) -> None:
     """One phase, in a process of its own, which ends itself if nobody else does."""
     signal.alarm(max(1, round(args.until - time.time()) + 2 * GRACE))
-    job = Job(args.phase, args.device, args.quick, args.until, args.lines)
+    job = Job(args.phase, args.device, args.quick, args.until, args.lines, *args.part)
     importlib.import_module(f"on_device.{args.phase}").run(job)
     job.tell("end", args.phase)
 
@@ -140,6 +152,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a rehearsal, no measurement")
     parser.add_argument("--phase", help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -60,7 +60,7 @@ def run(job: Job) -> None:
             return
         about = torch.cuda.get_device_properties(0)
         job.tell(
-            "machine", "device", name=about.name, gib=about.total_memory / 2**30, processors=about.multi_processor_count,
+            "machine", "device", name=about.name, gib=about.total_memory / 2**30, units=about.multi_processor_count,
             capability=f"{about.major}.{about.minor}", cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
             tf32_products=torch.backends.cuda.matmul.allow_tf32, tf32_convolutions=torch.backends.cudnn.allow_tf32,
         )  # fmt: skip

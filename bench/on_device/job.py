@@ -8,7 +8,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,18 @@ Fact = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One phase: on which device, at which sizes, until when (seconds since the epoch), and where its lines go."""
+    """One phase: on which device, at which sizes, until when (seconds since the epoch), and where its lines go.
+
+    Compiling kernels is work for the CPU, so on a GPU some phases are ``parts`` processes; this is number ``part``.
+    """
 
     phase: str
     device: str
     quick: bool
     until: float
     lines: Path
+    part: int = 0
+    parts: int = 1
 
     @property
     def on_gpu(self) -> bool:
@@ -36,10 +41,16 @@ class Job:
         """Seconds that remain."""
         return self.until - time.time()
 
+    def mine(self, things: Sequence[T]) -> Sequence[T]:
+        """Those of some things to do that are for this part."""
+        return things[self.part :: self.parts]
+
     def tell(self, kind: str, name: str, **found: Any) -> None:
         """Write a fact down."""
         with self.lines.open("a") as file:
-            file.write(json.dumps({"phase": self.phase, "kind": kind, "name": name, **plain(found)}) + "\n")
+            file.write(
+                json.dumps({"phase": self.phase, "at": time.time(), "kind": kind, "name": name, **plain(found)}) + "\n"
+            )
 
     def attempt(self, kind: str, name: str, work: Callable[[], T]) -> T | None:
         """What ``work`` gives. If it fails that is a fact, and the phase goes on."""

@@ -24,59 +24,53 @@ from on_device.networks import CASES, Case, converted
 from plm_kernels import backends
 
 TESTS = Path(__file__).parents[2] / "tests"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def run(job: Job) -> None:
-    launched: Launches = {}
-    for case in CASES:
-        job.attempt("network", case.name, lambda case=case: network(job, case, launched))
+    """Networks and tests at once, if there are several processes: the first has the tests."""
     modules = {path.rpartition(".")[2] for path in backends.KERNELS.values()}
+    if not backends.triton_available():
+        job.tell("check", "Triton", ok=False, error="not installed: no kernel can run")
+    elif job.parts == 1 or job.part:
+        networks(job)
+    if job.part == 0:
+        job.tell("kernels", "picks", **backends.picks())
+        job.tell("kernels", "modules", names=sorted(modules))
+        test_files(job, modules)
+
+
+def networks(job: Job) -> None:
+    """The most important dtype first."""
+    launched: Launches = {}
+    # Without a GPU products in bfloat16 are interpreted wrongly (tests/kernel_device.py).
+    dtypes = DTYPES if job.on_gpu else DTYPES[1:]
+    pairs = [(case, dtype) for dtype in dtypes for case in CASES if case.float16 or dtype != torch.float16]
+    for case, dtype in pairs if job.parts == 1 else pairs[job.part - 1 :: job.parts - 1]:
+        name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
+        job.attempt("network", name, lambda c=case, d=dtype, n=name: network(job, c, d, n, launched))
     for name, found in launched.items():
         job.tell("kernel", name, **found)
-    if backends.triton_available():
-        job.tell("kernels", "picks", **backends.picks())
-        if broken := dict(backends.broken()):
-            job.tell("check", "every kernel works", ok=False, error="; ".join(f"{k}: {v}" for k, v in broken.items()))
-        unseen = sorted(modules - {name.partition(".")[0] for name in launched})
-        job.tell("kernels", "not met in a network", names=", ".join(unseen) or "none")
-    else:
-        job.tell("check", "Triton", ok=False, error="not installed: no kernel can run")
-    test_files(job, modules)
 
 
 # Networks
 
 
-def network(job: Job, case: Case, launched: Launches) -> None:
-    """One family in every dtype: with Triton's kernels and torch's own, against its float64."""
+def network(job: Job, case: Case, dtype: torch.dtype, name: str, launched: Launches) -> None:
+    """One family in one dtype: with Triton's kernels and torch's own, against its float64."""
     whole, rows = case.network(job.quick, job.device), case.rows(job.quick, job.device)
     truth = results(converted(whole, torch.float64), case, rows, "torch")
-    for dtype in DTYPES:
-        told = f"{case.name}, {str(dtype).removeprefix('torch.')}"
-        if dtype == torch.float16 and not case.float16:
-            continue
-        # Without a GPU products in bfloat16 are interpreted wrongly (tests/kernel_device.py).
-        if dtype == torch.bfloat16 and not job.on_gpu:
-            continue
-
-        def compare(dtype: torch.dtype = dtype, told: str = told) -> None:
-            net = converted(whole, dtype)
-            with warnings.catch_warnings(record=True) as said, watched() as found:
-                warnings.simplefilter("always")
-                ours = results(net, case, rows, "triton" if not job.on_gpu else "auto")
-            add(launched, found)
-            plain = results(net, case, rows, "torch")
-            error, floor = relative(ours, truth), relative(plain, truth)
-            fell = [str(each.message) for each in said if issubclass(each.category, backends.KernelWarning)]
-            # The noise floor: torch's own error in this dtype; at least a unit in the last place.
-            ok = error <= 2 * max(floor, torch.finfo(dtype).eps) and not fell
-            job.tell(
-                "network", told, ok=ok, error_of=error, torchs_error=floor, kernels=sorted(found),
-                **({"error": "; ".join(fell)} if fell else {}),
-            )  # fmt: skip
-
-        job.attempt("network", told, compare)
+    net = converted(whole, dtype)
+    with warnings.catch_warnings(record=True) as said, watched() as found:
+        warnings.simplefilter("always")
+        ours = results(net, case, rows, "auto" if job.on_gpu else "triton")
+    add(launched, found)
+    error, floor = relative(ours, truth), relative(results(net, case, rows, "torch"), truth)
+    fell = [str(each.message) for each in said if issubclass(each.category, backends.KernelWarning)]
+    # The noise floor: torch's own error in this dtype; at least a unit in the last place.
+    ok = error <= 2 * max(floor, torch.finfo(dtype).eps) and not fell
+    told = {"error": "; ".join(fell)} if fell else {}
+    job.tell("network", name, ok=ok, error_of=error, torchs_error=floor, kernels=sorted(found), **told)
 
 
 def results(net: Any, case: Case, rows: Sequence[Tensor], choice: str) -> list[Tensor]:

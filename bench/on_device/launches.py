@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 Launches = dict[str, dict[str, int]]
-"""From ``module.function`` to its ``launches`` and, on a GPU, the most ``registers``, ``spills`` and ``shared`` bytes."""
+"""From ``module.function`` to ``launches`` and, on a GPU, the most ``registers``, ``spills`` and ``shared`` bytes."""
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class Case:
     run: Run
     letters: range  # ids that stand for residues
     float16: bool = True
+    batched: bool = True  # whether there are batches
 
     def rows(self, quick: bool, device: str) -> list[Tensor]:
         generator = torch.Generator().manual_seed(1)
@@ -150,5 +151,5 @@ CASES = (
     Case("IgBert", igbert, packed_hidden, range(5, 25)),
     Case("ProGen2-base", progen, packed_hidden, range(5, 25)),
     Case("ProteinBERT", protein_bert, rectangle, range(20)),
-    Case("ESMFold block", lambda quick: Block(fold_config(quick)), folding, range(4, 24), float16=False),
+    Case("ESMFold block", lambda quick: Block(fold_config(quick)), folding, range(4, 24), float16=False, batched=False),
 )

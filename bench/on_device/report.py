@@ -1,7 +1,6 @@
 """What a run found, as JSON for programs and Markdown for people, and whether it passed."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from on_device.job import Fact
 
 State = Mapping[str, str]
+VERDICTS = {True: "ok", False: "FAILED", None: "-"}
 
 
 def write(folder: Path, facts: Sequence[Fact], state: State, settings: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ def replace(path: Path, text: str) -> None:
     """Write a file so that at any time the old or the new one is there, whole."""
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(text)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def passed(facts: Sequence[Fact], state: State) -> bool:
@@ -41,10 +41,13 @@ def passed(facts: Sequence[Fact], state: State) -> bool:
 
 def line(fact: Fact) -> str:
     """A fact while it passes by."""
-    verdict = {True: "ok", False: "FAILED", None: "-"}[fact.get("ok")]
-    about = {k: v for k, v in fact.items() if k not in ("phase", "kind", "name", "ok", "workload")}
+    if "result" in fact:
+        rows = fact["result"]["contestants"]
+        about = {name: f"{1e3 * row['median']:,.1f} ms" for name, row in rows.items()}
+        return f"{VERDICTS[fact.get('ok')]:6s} race: {fact['name']} ({', '.join(f'{k} {v}' for k, v in about.items())})"
+    about = {k: v for k, v in fact.items() if k not in ("phase", "at", "kind", "name", "ok")}
     told = ", ".join(f"{k} {short(v)}" for k, v in about.items())
-    return f"{verdict:6s} {fact['kind']}: {fact['name']}" + (f" ({told})" if told else "")
+    return f"{VERDICTS[fact.get('ok')]:6s} {fact['kind']}: {fact['name']}" + (f" ({told})" if told else "")
 
 
 def short(x: Any, most: int = 90) -> str:
@@ -79,13 +82,31 @@ def markdown(facts: Sequence[Fact], state: State, settings: Mapping[str, Any]) -
         parts.append("**A rehearsal at tiny sizes: no number below is a measurement.**\n")
     parts.append(f"```\n{summary(facts, state)}\n```\n")
     for title, kinds, header, cells in SECTIONS:
-        chosen = [fact for fact in facts if fact["kind"] in kinds]
+        chosen = [fact for fact in merged(facts) if fact["kind"] in kinds]
         if chosen:
             parts.append(f"## {title}\n\n{table(header, [cells(fact) for fact in chosen])}")
-    for fact in facts:
-        if fact["kind"] == "race" and "table" in fact:
-            parts.append(f"## {fact['name']}\n\n{fact['table']}\n")
+    races = [fact for fact in facts if fact["kind"] == "race" and "result" in fact]
+    parts += [f"## {fact['name']}\n\n{race(fact['result'])}\n" for fact in races]
     return "\n".join(parts)
+
+
+def merged(facts: Sequence[Fact]) -> list[Fact]:
+    """Facts about kernels from several processes as one each, and which no network has met."""
+    rest = [fact for fact in facts if fact["kind"] not in ("kernel", "kernels")]
+    kernels: dict[str, Fact] = {}
+    for fact in facts:
+        if fact["kind"] == "kernel":
+            one = kernels.setdefault(fact["name"], {**fact, "launches": 0})
+            for key in ("registers", "spills", "shared"):
+                if key in fact:
+                    one[key] = max(one.get(key, 0), fact[key])
+            one["launches"] += fact["launches"]
+    about = {fact["name"]: fact for fact in facts if fact["kind"] == "kernels"}
+    seen = {name.partition(".")[0] for name in kernels}
+    if "modules" in about:
+        unseen = [name for name in about["modules"]["names"] if name not in seen]
+        about["modules"] = {"kind": "kernels", "name": "met in no network", "names": ", ".join(unseen) or "none"}
+    return [*rest, *kernels.values(), *about.values()]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -104,7 +125,7 @@ def get(*names: str) -> Callable[[Fact], list[Any]]:
 
 
 def told(fact: Fact) -> str:
-    about = {k: v for k, v in fact.items() if k not in ("phase", "kind", "name", "ok")}
+    about = {k: v for k, v in fact.items() if k not in ("phase", "at", "kind", "name", "ok")}
     return ", ".join(f"{k} {short(v)}" for k, v in about.items())
 
 
@@ -164,3 +185,37 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], Cells], ...] = (
         lambda f: [f["name"], f"{f.get('busy', 0):.0%} busy" if "busy" in f else "", f.get("kernels", "")],
     ),
 )
+
+
+# Contests
+
+
+def race(result: Mapping[str, Any]) -> str:
+    """One contest as Markdown."""
+    unit, ceiling = result["unit"], ", ".join(f"{k} {v:.3g}/s" for k, v in result["ceiling"].items())
+    lines = [
+        f"{result['what']}. {result['rounds']} rounds; ceiling {ceiling or 'none'}; {dict(result['notes'])}\n",
+        f"| who | dtype | median | {unit}/s | of the ceiling | peak MiB | error | plm is … times as fast |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = result["contestants"].get("plm", {}).get("ratios", {})
+    base = result["contestants"].get("plm", {}).get("median")
+    for who, row in result["contestants"].items():
+        lines.append("| " + " | ".join([who, row["dtype"], *cells(row), times(ratios.get(who), row, base)]) + " |")
+    lines += [f"| {who} | | missing: {why} | | | | | |" for who, why in result["missing"].items()]
+    return "\n".join(lines)
+
+
+def cells(row: Mapping[str, Any]) -> Sequence[str]:
+    share = "" if row["of_ceiling"] is None else f"{row['of_ceiling']:.0%}"
+    memory = "" if row.get("peak_mib") is None else f"{row['peak_mib']:,.0f}"
+    error = "" if row["error"] is None else f"{row['error']:.1e}"
+    return [f"{1e3 * row['median']:,.2f} ms", f"{row['speed']:,.0f}", share, memory, error]
+
+
+def times(ratio: Sequence[float] | None, row: Mapping[str, Any], base: float | None) -> str:
+    """A ratio with its interval; "~" where its lower bound is no claim. Of other settings of ours the bare ratio."""
+    if ratio is not None:
+        claim = "" if ratio[1] >= 1.05 else "~"
+        return f"{claim}{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+    return f"({row['median'] / base:.2f})" if base and row["median"] != base else ""
