@@ -64,10 +64,11 @@ class Run:
         self.facts: list[report.Fact] = []
         self.state = dict.fromkeys(args.only, "not run")
         self.children: list[subprocess.Popen[bytes]] = []
+        self.lines: list[Path] = []  # of the phase that is running
 
-    def write(self, more: Sequence[report.Fact] = ()) -> None:
+    def write(self) -> None:
         settings = {"device": self.args.device, "quick": self.args.quick, "minutes": self.args.minutes}
-        report.write(self.args.output, [*self.facts, *more], self.state, settings)
+        report.write(self.args.output, [*self.facts, *collected(self.lines)], self.state, settings)
 
     def phase(self, name: str) -> None:
         """Run one phase to its end, or until its time is over."""
@@ -78,37 +79,37 @@ class Run:
         self.state[name], until = "running", time.time() + seconds
         parts = PARTS.get(name, 1) if self.args.device != "cpu" else 1
         with tempfile.TemporaryDirectory() as folder, (self.args.output / f"{name}.log").open("wb") as log:
-            lines = [Path(folder) / f"{part}.jsonl" for part in range(parts)]
-            self.children = [self.start(name, part, until, lines, log) for part in range(parts)]
+            self.lines = [Path(folder) / f"{part}.jsonl" for part in range(parts)]
+            self.children = [self.start(name, part, until, log) for part in range(parts)]
             told = 0
             while self.running() and time.time() < until + GRACE:
                 time.sleep(0.2)
-                told = self.say(lines, told)
+                told = self.say(told)
             late = self.running()
             self.stop()
-            self.say(lines, told)
-            found = collected(lines)
+            self.say(told)
+            found, self.lines = collected(self.lines), []
         ended = sum(fact["kind"] == "end" for fact in found) == parts
         codes = sorted({child.returncode for child in self.children})
         self.state[name] = "complete" if ended else "out of time" if late else f"stopped with codes {codes}"
         self.facts += found
         self.write()
 
-    def start(self, name: str, part: int, until: float, lines: list[Path], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-u", __file__, "--phase", name, "--part", str(part), str(len(lines))]
-        command += ["--until", str(until), "--lines", str(lines[part])]
+    def start(self, name: str, part: int, until: float, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-u", __file__, "--phase", name, "--part", str(part), str(len(self.lines))]
+        command += ["--until", str(until), "--lines", str(self.lines[part])]
         command += ["--device", self.args.device, "--output", str(self.args.output)]
         command += ["--quick"] * self.args.quick
         variables = environment(self.args.device)
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
-    def say(self, lines: list[Path], told: int) -> int:
+    def say(self, told: int) -> int:
         """Print and write what has come since ``told`` facts were there; how many there are now."""
-        found = collected(lines)
+        found = collected(self.lines)
         if len(found) > told:
             for fact in found[told:]:
                 print(report.line(fact), flush=True)
-            self.write(found)
+            self.write()
         return len(found)
 
     def running(self) -> bool:
@@ -175,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.only:
         print(f"== {name}", flush=True)
         run.phase(name)
+    run.write()
     print("\n" + report.summary(run.facts, run.state))
     return 0 if report.passed(run.facts, run.state) else 1
 

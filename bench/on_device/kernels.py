@@ -124,7 +124,7 @@ def test_files(job: Job, modules: set[str]) -> None:
 def run_tests(job: Job, files: Sequence[Path], outcomes: Path) -> None:
     """Run them, until they end or the time does."""
     command = [sys.executable, "-m", "pytest", *map(str, files), "-p", "on_device.recorder", "-p", "no:cacheprovider"]
-    command += ["--no-header", "--tb=short", "-q"]
+    command += ["--no-header", "--tb=short", "-q", "--continue-on-collection-errors"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if job.on_gpu and find_spec("xdist") is not None and cores > 2:
         command += ["-n", str(min(8, cores - 1))]  # compiling is most of the work, and is done on the CPU

@@ -44,18 +44,24 @@ class Case:
     floor: float | None
     run: Callable[[plm.Model], Outputs]
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = relative
+    dtypes: Sequence[str] = DTYPES
+    called: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.called or self.folder.name
 
 
 def run(job: Job) -> None:
     cases = [case for read in READERS for case in job.attempt("parity", read.__name__, read) or ()]
-    for case, dtype in job.mine([(case, dtype) for dtype in DTYPES for case in cases]):
-        job.attempt("parity", f"{case.folder.name}, {dtype}", lambda c=case, d=dtype: parity(job, c, d))
+    for case, dtype in job.mine([(case, dtype) for dtype in DTYPES for case in cases if dtype in case.dtypes]):
+        job.attempt("parity", f"{case.name}, {dtype}", lambda c=case, d=dtype: parity(job, c, d))
     for network in job.mine([network for network in NETWORKS if network.batched]):
         job.attempt("invariance", network.name, lambda network=network: invariance(job, network))
 
 
 def parity(job: Job, case: Case, dtype: str) -> None:
-    name = f"{case.folder.name}, {dtype}"
+    name = f"{case.name}, {dtype}"
     try:
         found = outputs(case, job.device, dtype)
     except ValueError as error:  # a T5 or an ESMFold in float16, which cannot hold its numbers
@@ -172,26 +178,31 @@ def proteinberts() -> list[Case]:
 
 
 def esmfolds() -> list[Case]:
-    """Positions of all atoms in Ångström, of one chain and of two: the largest error."""
+    """Positions of all atoms in Ångström: the largest error. Two chains after two recycles as well, in full precision
+    alone, because there random weights make of a rounding to bfloat16 more than an Ångström."""
     from plm.esmfold.chains import read_chains
 
     cases = []
-    for folder in sorted(path for path in (GOLDEN / "esmfold").iterdir() if (path / "inputs.json").exists()):
-        told = json.loads((folder / "inputs.json").read_text())["runs"]
-        run_name, recycles = ("single", 0) if "single" in told else ("multimer", 2)
-        about = told[run_name]
+    for name, run_name, recycles in (
+        ("a_hub_layout", "single", 0),
+        ("b_v5_layout_multimer", "batch", 0),
+        ("b_v5_layout_multimer", "multimer", 2),
+    ):
+        folder = GOLDEN / "esmfold" / name
+        about = json.loads((folder / "inputs.json").read_text())["runs"][run_name]
         expected = load_file(folder / "expected.safetensors")
         how = {"linker": about["linker"], "residue_gap": about["residue_index_offset"]} if "linker" in about else {}
         chains = [read_chains(text, **how) for text in about["sequences"]]
-        stored = next(x for k, x in expected.items() if k.startswith(f"{run_name}/r{recycles}/positions"))
+        stored = next(x for k, x in expected.items() if k.startswith(f"{run_name}/r{recycles}/positions"))[-1]
         measured = json.loads((folder / "meta.json").read_text())["runs"][run_name]["recycles"][str(recycles)]
 
         def run(model: plm.Model, chains: Any = chains, recycles: int = recycles) -> Outputs:
             return {"positions": [each.positions for each in model.net.fold(chains, recycles=recycles)]}
 
-        truth = {"positions": [stored[-1, 0, : chains[0].length]]}
+        truth = {"positions": [x[: each.length] for x, each in zip(stored, chains, strict=True)]}
         floor = measured["f32_vs_f64_max_abs"]["positions"]
-        cases.append(Case("esmfold", folder, truth, floor, run, largest))
+        dtypes = DTYPES if recycles == 0 else DTYPES[:2]
+        cases.append(Case("esmfold", folder, truth, floor, run, largest, dtypes, f"{name} {run_name}"))
     return cases
 
 
