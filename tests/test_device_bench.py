@@ -18,10 +18,11 @@ import torch
 from measuring import Contest, Contestant, Settings, Workload
 from on_device import kernels, parity, report, suite
 from on_device.contests import guarded, wrong
+from on_device.encoders import ankh3, w1, w4
 from on_device.job import Job, read_facts
 from on_device.launches import watched
 from on_device.networks import CASES, SHORT, converted
-from on_device.others import t5_workload
+from on_device.others import t5_workload, w5
 
 from plm_kernels import backends
 
@@ -284,3 +285,16 @@ def test_targets(job: Job, speed: float, reached: bool) -> None:
 
 def test_targets_are_of_workloads_that_are_run() -> None:
     assert {target.workload for target in suite.TARGETS} <= {entry.workload.name for entry in suite.SUITE}
+
+
+def test_without_transformers_ours_runs_alone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    entries = [suite.Entry(w1("esm2-8m", 3, "pt"), 0), suite.Entry(w5("small", 1, 64), 0)]
+    entries += [suite.Entry(ankh3("8", [8], 8, "pt"), 0), suite.Entry(w4(2), 0)]
+    for entry in entries:
+        suite.contest(job, entry, SETTINGS)
+    races = [fact for fact in facts(job) if fact["kind"] == "race"]
+    assert len(races) == len(entries) and all(fact["ok"] for fact in races)
+    for fact in races:
+        assert "plm" in fact["result"]["contestants"]
+        assert any("transformers" in who for who in fact["result"]["missing"])

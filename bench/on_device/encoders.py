@@ -24,6 +24,7 @@ from on_device.contests import (
     in_file_order,
     packed_run,
     padded_run,
+    scoped,
     settings_of,
 )
 from on_device.networks import converted
@@ -167,15 +168,15 @@ def strings(settings: Settings, model: str, count: int, peers: bool) -> Contest:
     """What users see: proteins in, mean vectors on the host out, tokenizing and copies included."""
     theirs, whole = twins.esm2(model, settings.device, settings.quick)
     net = converted(whole, torch.bfloat16)
-    own = twins.wrapped(net, "esm", model)
     sequences = proteins("swiss_prot", 3 if settings.quick else count, 8)
     if settings.quick:
         sequences = [sequence[:20] for sequence in sequences]
     rng = Random(1)
     probe = [protein(min(length, 30) if settings.quick else length, rng) for length in PROBE]
 
-    def embed(model: plm.Model) -> Callable[[Any], list[Tensor]]:
-        return lambda given: plm.embed(model, given, pool="mean")
+    def embed() -> Callable[[Any], list[Tensor]]:
+        own = twins.wrapped(net, "esm", model)  # each with graphs of its own
+        return lambda given: plm.embed(own, given, pool="mean")
 
     def tuned() -> Callable[[Any], list[Tensor]]:
         from peers.esm import by_length, run_transformers, transformers_tokenizer
@@ -183,14 +184,11 @@ def strings(settings: Settings, model: str, count: int, peers: bool) -> Contest:
         peer, tokenizer = twins.in_dtype(theirs, torch.bfloat16), transformers_tokenizer()
         return lambda given: run_transformers(peer, tokenizer, given, by_length(given), SIZE)
 
-    own_settings = settings_of(lambda: embed(own))
-    contestants = {
-        name: guarded(probe, build, "bfloat16") for name, build in own_settings.items() if "batch" not in name
+    own_settings = settings_of(embed)
+    own_settings |= {
+        f"plm, {name}": lambda scope=scope: scoped(embed(), scope) for name, scope in graph_scopes().items()
     }
-    contestants |= {
-        f"plm, {name}": guarded(probe, lambda scope=scope: embed_in(own, scope), "bfloat16")
-        for name, scope in graph_scopes().items()
-    }
+    contestants = {name: guarded(probe, build, "bfloat16") for name, build in own_settings.items()}
     if peers:
         contestants["transformers tuned"] = guarded(probe, tuned, "bfloat16")
     counted = [len(sequence) + 2 for sequence in sequences]
@@ -207,19 +205,10 @@ def strings(settings: Settings, model: str, count: int, peers: bool) -> Contest:
 def graph_scopes() -> dict[str, Any]:
     """How to leave CUDA graphs of encoders out, if this version has them."""
     try:
-        from plm import encoder_graphs
+        from plm.encoder_graphs import graphs_off
     except ImportError:
         return {}
-    off = getattr(encoder_graphs, "without_graphs", None)
-    return {"no graphs": off} if off else {}
-
-
-def embed_in(model: plm.Model, scope: Any) -> Callable[[Any], list[Tensor]]:
-    def run(given: Any) -> list[Tensor]:
-        with scope():
-            return plm.embed(model, given, pool="mean")
-
-    return run
+    return {"no graphs": graphs_off}
 
 
 def end_to_end(model: str, count: int, *, peers: bool = True, **how: Any) -> Workload:

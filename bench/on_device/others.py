@@ -96,19 +96,25 @@ def decoding(settings: Settings, size: str, texts: int, tokens: int, peer_too: b
     dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
     told = str(dtype).removeprefix("torch.")
     theirs, net = twins.progen2(size, settings.device, dtype, settings.quick)
-    own = twins.wrapped(net, "progen2", f"progen2-{size}")
     prompt_tokens, texts, tokens = (4, 2, 8) if settings.quick else (16, texts, tokens)
     generator = torch.Generator().manual_seed(1)
     prompt = [3, *torch.randint(5, 25, (prompt_tokens - 1,), generator=generator).tolist()]
 
-    def write(given: Sequence[int], graphs: bool) -> list[Tensor]:
-        (found,) = plm.generate(
-            own, [given], num_samples=texts, min_length=tokens, max_length=tokens, likelihood=False, seed=0,
-            cuda_graphs=graphs, max_tokens=texts * tokens,
-        )  # fmt: skip
-        return [sample.log_probs for sample in found]
+    def writer(graphs: bool = True) -> Callable[[Sequence[int]], list[Tensor]]:
+        own = twins.wrapped(net, "progen2", f"progen2-{size}")  # each with graphs of its own
+
+        def write(given: Sequence[int]) -> list[Tensor]:
+            (found,) = plm.generate(
+                own, [given], num_samples=texts, min_length=tokens, max_length=tokens, likelihood=False, seed=0,
+                cuda_graphs=graphs, max_tokens=texts * tokens,
+            )  # fmt: skip
+            return [sample.log_probs for sample in found]
+
+        return write
 
     def peer() -> Callable[[Any], Any]:
+        if theirs is None:
+            raise Missing("transformers is not installed")
         from transformers import GenerationConfig
 
         how = GenerationConfig(
@@ -122,10 +128,10 @@ def decoding(settings: Settings, size: str, texts: int, tokens: int, peer_too: b
     per_token = 2 * net.config.layers * net.config.channels * dtype.itemsize  # of keys and values
     weights = sum(x.numel() for name, x in net.named_parameters() if "embed" not in name) * dtype.itemsize
     read = new * weights + texts * per_token * sum(range(prompt_tokens, tokens))
-    builds: dict[str, Callable[[], Any]] = {"plm": lambda: lambda given: write(given, True)}
+    builds: dict[str, Callable[[], Any]] = {"plm": writer}
     if settings.device != "cpu":
-        builds["plm, no graphs"] = lambda: lambda given: write(given, False)
-        builds["plm, PyTorch alone"] = lambda: scoped(lambda given: write(given, True), chosen("torch"))
+        builds["plm, no graphs"] = lambda: writer(graphs=False)
+        builds["plm, PyTorch alone"] = lambda: scoped(writer(), chosen("torch"))
     if peer_too:
         builds["transformers GPT-J"] = peer
     contestants = {name: guarded(prompt, build, told, float(read)) for name, build in builds.items()}

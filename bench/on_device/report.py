@@ -178,6 +178,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], Cells], ...] = (
         lambda f: [f["name"], verdict(f), *get("moved", "same_bits")(f)],
     ),
     ("Not run, or missing", ("missing",), ("what", "why"), get("name", "why")),
+    ("Warnings", ("warning",), ("while", "warning"), get("name", "why")),
     (
         "Where the time goes (profiles)",
         ("profile",),

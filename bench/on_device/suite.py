@@ -6,6 +6,7 @@ H200; a miss comes with a profile of what the time went into.
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,7 +104,11 @@ def run(job: Job) -> None:
         if not job.quick and job.left() < entry.seconds:
             job.tell("missing", name, why=f"{job.left():.0f} s were left, and it takes about {entry.seconds:.0f}")
             continue
-        job.attempt("race", name, lambda entry=entry: contest(job, entry, settings))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            job.attempt("race", name, lambda entry=entry: contest(job, entry, settings))
+        for told in {str(each.message) for each in said if each.category.__module__.startswith("plm")}:
+            job.tell("warning", name, why=told)
         gc.collect()
         if job.on_gpu:
             torch.cuda.empty_cache()

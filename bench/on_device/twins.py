@@ -4,7 +4,7 @@ Where transformers is not installed ours are filled at random all the same, and 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from on_device.networks import fill
 from plm.families import BY_NAME
 from plm.loading import Model, Origin
-from plm.models import esm
+from plm.models import bert, esm, t5
+from plm.models import progen2 as model
 from plm_weights import import_weights
 from plm_weights.registry import find
 
@@ -56,6 +57,15 @@ def usable(name: str) -> bool:
     return "inv_freq" not in name and "contact_head" not in name and "position_ids" not in name
 
 
+def alone(build: Callable[[], nn.Module], device: str) -> tuple[None, nn.Module]:
+    """Ours with random weights, and no peer: transformers is missing."""
+    with torch.device("meta"):
+        net = build()
+    net = net.to_empty(device=device).requires_grad_(False).eval()
+    fill(net)
+    return None, net
+
+
 # ESM-2
 
 
@@ -67,17 +77,13 @@ def esm_config(name: str, quick: bool, head: bool) -> esm.Config:
     return esm.Config(**{**row.config, "lm_head": head, "contact_head": False})  # type: ignore[arg-type]
 
 
-def esm2(name: str, device: str, quick: bool, *, head: bool = False) -> tuple[Any, esm.ESM]:
+def esm2(name: str, device: str, quick: bool, *, head: bool = False) -> tuple[Any, nn.Module]:
     """transformers' encoder (None where it is missing) and ours, in float32; ``head``: with the one for residues."""
     config = esm_config(name, quick, head)
     try:
         from transformers import EsmConfig, EsmForMaskedLM, EsmModel
     except ImportError:
-        with torch.device("meta"):
-            net = esm.ESM(config)
-        net = net.to_empty(device=device).requires_grad_(False).eval()
-        fill(net)
-        return None, net
+        return alone(lambda: esm.ESM(config), device)
     settings = EsmConfig(
         vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=config.channels, num_hidden_layers=config.layers,
         num_attention_heads=config.heads, intermediate_size=config.feed_forward, position_embedding_type="rotary",
@@ -112,9 +118,12 @@ def in_dtype(theirs: Any, dtype: torch.dtype) -> Any:
 
 def ankh3(device: str, quick: bool) -> tuple[Any, nn.Module]:
     """Ankh3-large's encoder: 48 layers of 1,536 channels, 16 heads of 64, a gated feed-forward of 3,840."""
-    from transformers import T5Config, T5EncoderModel
-
     sizes = (64, 2, 96, 2) if quick else (1536, 16, 3840, 48)
+    try:
+        from transformers import T5Config, T5EncoderModel
+    except ImportError:
+        c, h, f, layers = sizes
+        return alone(lambda: t5.T5(t5.Config(256, layers, 0, c, h, 64, f, "gated-silu", buckets=64)), device)
     settings = {
         "vocab_size": 256, "d_model": sizes[0], "d_kv": 64, "num_heads": sizes[1], "d_ff": sizes[2],
         "num_layers": sizes[3], "feed_forward_proj": "gated-silu", "relative_attention_num_buckets": 64,
@@ -128,9 +137,11 @@ def ankh3(device: str, quick: bool) -> tuple[Any, nn.Module]:
 
 def igbert(device: str, quick: bool) -> tuple[Any, nn.Module]:
     """IgBert: 30 layers of 1,024 channels, 16 heads."""
-    from transformers import BertConfig, BertModel
-
     c, h, f, layers = (64, 2, 128, 2) if quick else (1024, 16, 4096, 30)
+    try:
+        from transformers import BertConfig, BertModel
+    except ImportError:
+        return alone(lambda: bert.BERT(bert.Config(30, layers, c, h, f, 40000, 2, lm_head=False)), device)
     settings = {
         "vocab_size": 30, "hidden_size": c, "num_hidden_layers": layers, "num_attention_heads": h,
         "intermediate_size": f, "max_position_embeddings": 40000, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
@@ -148,9 +159,12 @@ PROGEN2 = {"small": (12, 1024, 16, 32), "base": (27, 1536, 16, 48)}
 
 def progen2(name: str, device: str, dtype: torch.dtype, quick: bool) -> tuple[Any, nn.Module]:
     """GPT-J, which has ProGen2's architecture, and ours with the same weights, both in ``dtype``."""
-    from transformers import GPTJConfig, GPTJForCausalLM
-
     layers, c, heads, turned = (2, 64, 8, 4) if quick else PROGEN2[name]
+    try:
+        from transformers import GPTJConfig, GPTJForCausalLM
+    except ImportError:
+        config = model.Config(32, 32, layers, c, heads, turned, 4 * c, 2048)
+        return None, alone(lambda: model.ProGen2(config), device)[1].to(dtype)
     sizes = {
         "n_layer": layers, "n_embd": c, "n_head": heads, "rotary_dim": turned, "n_positions": 2048, "vocab_size": 32,
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
