@@ -1,8 +1,9 @@
 """All that needs a GPU, in under nine minutes: is it right, how exact is it, and how fast.
 
-    python bench/device.py --output FOLDER                        # on a CUDA device, everything
-    python bench/device.py --output FOLDER --only parity suite    # some phases
-    python bench/device.py --output FOLDER --device cpu --quick   # a rehearsal: kernels interpreted, tiny sizes
+    python bench/device.py                                # on a CUDA device, everything, into bench/results/device
+    python bench/device.py --output FOLDER                # or there
+    python bench/device.py --only parity suite            # some phases
+    python bench/device.py --device cpu --quick           # a rehearsal: kernels interpreted, tiny sizes
 
 The phases, each in a process of its own with a share of the time:
 
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -32,8 +34,9 @@ from on_device import report
 from on_device.job import Job, read_facts
 
 ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "bench" / "results" / "device"
 # Seconds of nine minutes. What a phase leaves goes to those after it.
-SHARES = {"environment": 30, "kernels": 150, "parity": 80, "suite": 270}
+SHARES = {"environment": 25, "kernels": 180, "parity": 75, "suite": 255}
 CHECKING = ("kernels", "parity")
 PARTS = {"kernels": 6, "parity": 6}  # processes on a GPU: compiling kernels is work for the CPU
 WRITING = 5  # seconds for the last report
@@ -124,6 +127,9 @@ class Run:
             patience = time.time() + GRACE
             while self.running() and time.time() < patience:
                 time.sleep(0.05)
+        for child in self.children:  # and what outlived the process that started it
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
     def interrupted(self, sign: int, frame: object) -> None:
         self.stop()
@@ -147,7 +153,9 @@ def work(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="All that needs a GPU: correctness, parity and speed.")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where device.json goes")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, metavar="FOLDER", help="where device.json and device.md go"
+    )
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--only", nargs="+", choices=SHARES, default=[*SHARES], metavar="PHASE", help=", ".join(SHARES))
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal")

@@ -1,7 +1,6 @@
 """bench/device.py, rehearsed on a CPU: the driver, what each phase tells, and what happens when things go wrong."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -172,18 +171,24 @@ def test_networks_run_in_float64_and_give_a_row_each(case: Any) -> None:
 
 
 def test_test_files(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passed, failed, unreadable and missing."""
+    """Passed, failed, unreadable and missing; a kernel that falls back has failed, other warnings are none of ours."""
     (tmp_path / "test_gpu_good.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert False\n")
     (tmp_path / "test_gpu_bad.py").write_text("def test_a(): pass\ndef test_b(): assert 1 == 2\n")
     (tmp_path / "test_gpu_torn.py").write_text("import nothing_of_this_name\n")
+    warn = "import warnings\nfrom plm_kernels.backends import KernelWarning\n"
+    warn += (
+        "def test_a(): warnings.warn('old', DeprecationWarning)\ndef test_b(): warnings.warn('fell', KernelWarning)\n"
+    )
+    (tmp_path / "test_gpu_warn.py").write_text(warn)
     monkeypatch.setattr(kernels, "TESTS", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(device.environment("cpu")["PYTHONPATH"].split(os.pathsep)))
+    monkeypatch.setenv("PYTHONPATH", device.environment("cpu")["PYTHONPATH"])
     kernels.test_files(job, {"good", "absent"})
     found = {fact["name"]: fact for fact in facts(job)}
     assert (
         found["good"]["ok"] and found["good"]["passed"] == 2 and found["good"]["skipped"] == 1
     )  # a rehearsal runs two
     assert not found["bad"]["ok"] and "1 == 2" in found["bad"]["failures"][0]
+    assert found["warn"]["passed"] == 1 and "KernelWarning: fell" in found["warn"]["failures"][0]
     assert not found["torn"]["ok"] and "nothing_of_this_name" in str(found["torn"]["failures"])
     assert not found["absent"]["ok"] and "test_gpu_absent.py" in found["absent"]["error"]
 

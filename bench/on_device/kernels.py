@@ -69,6 +69,7 @@ def network(job: Job, case: Case, dtype: torch.dtype, name: str, launched: Launc
     add(launched, found)
     error, floor = relative(ours, truth), relative(results(net, case, rows, "torch"), truth)
     fell = [str(each.message) for each in said if issubclass(each.category, backends.KernelWarning)]
+    fell += ["no kernel ran"] if job.on_gpu and not found else []
     # The noise floor: torch's own error in this dtype; at least a unit in the last place.
     ok = error <= 2 * max(floor, torch.finfo(dtype).eps) and not fell
     told = {"error": "; ".join(fell)} if fell else {}
@@ -131,18 +132,25 @@ def run_tests(job: Job, files: Sequence[Path], outcomes: Path) -> None:
     """Run them, until they end or the time does."""
     command = [sys.executable, "-m", "pytest", *map(str, files), "-p", "on_device.recorder", "-p", "no:cacheprovider"]
     command += ["--no-header", "--tb=short", "-q", "--continue-on-collection-errors"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if job.on_gpu and find_spec("xdist") is not None and cores > 2:
-        command += ["-n", str(min(8, cores - 1))]  # compiling is most of the work, and is done on the CPU
-    settings = {"PLM_OUTCOMES": str(outcomes), "PLM_TESTS_PER_FILE": "2" if job.quick else "0"}
-    if not job.on_gpu:
-        settings["TRITON_INTERPRET"] = "1"
+    # Other versions of what is installed warn of other things. But a kernel that falls back to PyTorch is an error.
+    command += ["-W", "default", "-W", "error::plm_kernels.backends.KernelWarning"]
+    if find_spec("plm.recording") is not None:
+        command += ["-W", "error::plm.recording.GraphWarning"]
+    if job.on_gpu and find_spec("xdist") is not None and cores() > 2:
+        command += ["-p", "xdist.plugin", "-n", str(min(8, cores() - 1))]  # compiling is most of the work
+    # Plugins that happen to be installed stay out.
+    settings = {"PLM_OUTCOMES": str(outcomes), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    settings["PLM_TESTS_PER_FILE"] = "2" if job.quick else "0"
     process = subprocess.Popen(command, env={**os.environ, **settings}, cwd=TESTS.parent)
     try:
         process.wait(max(1, job.left() - 3))
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count(job: Job, files: Sequence[Path], outcomes: Sequence[Fact]) -> None:

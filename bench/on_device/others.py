@@ -131,6 +131,7 @@ def decoding(settings: Settings, size: str, texts: int, tokens: int, peer_too: b
     builds: dict[str, Callable[[], Any]] = {"plm": writer}
     if settings.device != "cpu":
         builds["plm, no graphs"] = lambda: writer(graphs=False)
+    if settings.device != "cpu" and texts == 1:
         builds["plm, PyTorch alone"] = lambda: scoped(writer(), chosen("torch"))
     if peer_too:
         builds["transformers GPT-J"] = peer
