@@ -1,5 +1,6 @@
 """FAESM's and ESME's algorithms (bench/cuda_peers.py) compute ESM-2, with the formula in place of the flash kernel."""
 
+import benches  # noqa: F401  # for what comes from bench/
 import pytest
 import torch
 from cuda_peers import ESME, FAESM, by_reference, padded

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benches
 import device
 import pytest
 import torch
@@ -25,8 +26,7 @@ from on_device.others import t5_workload, w5
 
 from plm_kernels import backends
 
-BENCH = Path(__file__).parents[1] / "bench"
-COMMAND = [sys.executable, str(BENCH / "device.py"), "--device", "cpu", "--quick"]
+COMMAND = [sys.executable, str(benches.BENCH / "device.py"), "--device", "cpu", "--quick"]
 
 
 @pytest.fixture
