@@ -1,5 +1,7 @@
-"""Import this first, and the modules of bench/ can be imported. Its folder is on the path only meanwhile, because it has
-files with the names of other packages."""
+"""Import this first, and the modules of bench/ can be imported.
+
+Its folder is on the path only meanwhile: it has files with the names of other packages.
+"""
 
 import sys
 from pathlib import Path

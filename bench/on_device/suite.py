@@ -133,7 +133,7 @@ def contest(job: Job, entry: Entry, settings: Settings) -> None:
         return prepared[0]
 
     timer = {} if entry.end_to_end else {"timer": once}
-    result = measure(replace(entry.workload, prepare=prepare), settings, memory=False, say=lambda *told: None, **timer)
+    result = measure(replace(entry.workload, prepare=prepare), settings, memory=False, **timer)
     inputs = prepared[0].inputs
     for who, work in runs.items():
         if who in result["contestants"]:
