@@ -3,7 +3,7 @@
 Letters: n packed tokens, h heads, d head size, r rotated pairs of a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -18,6 +18,7 @@ class Turns:
 
     cos: Tensor
     sin: Tensor
+    _halves: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def at(cls, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Self:
@@ -28,7 +29,21 @@ class Turns:
         """
         at = "cpu" if positions.device.type == "mps" else positions.device  # MPS has no float64
         angles = positions.to(at, torch.float64)[:, None] * frequencies.to(at, torch.float64)
-        return cls(*(turn.to(positions.device, dtype)[:, None] for turn in (angles.cos(), angles.sin())))
+        cos, sin = (turn.to(positions.device, dtype)[:, None] for turn in (angles.cos(), angles.sin()))
+        return cls(cos, sin)
+
+    def halves(self, heads: int) -> tuple[Tensor, Tensor]:
+        """``cos ‖ cos`` and ``-sin ‖ sin``, ``[n, 1, 2 r]`` each. Kept, because all layers of a network ask for them.
+
+        Small heads in half precision on a CPU get them written out, ``[n, h, 2 r]``: there torch multiplies head by
+        head, and 16 or 24 numbers at a time take 2 to 3 times as long as whole rows.
+        """
+        if heads not in self._halves:
+            both = torch.cat((self.cos, self.cos), dim=-1), torch.cat((-self.sin, self.sin), dim=-1)
+            if self.cos.device.type == "cpu" and self.cos.dtype.itemsize == 2 and both[0].shape[-1] < 32:
+                both = both[0].repeat(1, heads, 1), both[1].repeat(1, heads, 1)
+            self._halves[heads] = both
+        return self._halves[heads]
 
 
 def rotary_half(x: Tensor, turns: Turns) -> Tensor:
@@ -39,8 +54,7 @@ def rotary_half(x: Tensor, turns: Turns) -> Tensor:
     if x.dtype != turns.cos.dtype:
         return rotary_half(x.to(turns.cos.dtype), turns).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    cos = torch.cat((turns.cos, turns.cos), dim=-1)
-    sin = torch.cat((-turns.sin, turns.sin), dim=-1)
+    cos, sin = turns.halves(x.shape[1])
     # One new tensor of the size of x, and not three: fresh memory costs more than the arithmetic on it.
     return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 
