@@ -3,6 +3,7 @@
     python bench/device.py                                # on a CUDA device, everything, into bench/results/device
     python bench/device.py --output FOLDER                # or there
     python bench/device.py --only parity suite            # some phases
+    python bench/device.py --only suite --workloads rest  # what of the suite does not fit beside the others
     python bench/device.py --device cpu --quick           # a rehearsal: kernels interpreted, tiny sizes
 
 The phases, each in a process of its own with a share of the time:
@@ -102,7 +103,7 @@ class Run:
         command = [sys.executable, "-u", __file__, "--phase", name, "--part", str(part), str(len(self.lines))]
         command += ["--until", str(until), "--lines", str(self.lines[part])]
         command += ["--device", self.args.device, "--output", str(self.args.output)]
-        command += ["--quick"] * self.args.quick
+        command += ["--quick"] * self.args.quick + ["--workloads", *self.args.workloads]
         variables = environment(self.args.device)
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
@@ -146,7 +147,7 @@ def collected(lines: Sequence[Path]) -> list[report.Fact]:
 def work(args: argparse.Namespace) -> None:
     """One phase, in a process of its own, which ends itself if nobody else does."""
     signal.alarm(max(1, round(args.until - time.time()) + 2 * GRACE))
-    job = Job(args.phase, args.device, args.quick, args.until, args.lines, *args.part)
+    job = Job(args.phase, args.device, args.quick, args.until, args.lines, *args.part, args.workloads)
     importlib.import_module(f"on_device.{args.phase}").run(job)
     job.tell("end", args.phase)
 
@@ -158,6 +159,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--only", nargs="+", choices=SHARES, default=[*SHARES], metavar="PHASE", help=", ".join(SHARES))
+    parser.add_argument(
+        "--workloads", nargs="*", default=[], metavar="WORD", help="of the suite, by words of their names, or: rest"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a rehearsal, no measurement")
     parser.add_argument("--phase", help=argparse.SUPPRESS)

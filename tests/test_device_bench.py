@@ -292,6 +292,33 @@ def test_targets_are_of_workloads_that_are_run() -> None:
     assert {target.workload for target in suite.TARGETS} <= {entry.workload.name for entry in suite.SUITE}
 
 
+def test_what_has_a_target_fits_into_nine_minutes() -> None:
+    """By the suite's own estimates, which once summed to almost twice its share: half of it was never begun."""
+    assert sum(device.SHARES.values()) + device.WRITING <= 60 * device.parse([]).minutes
+    seconds = [sum(entry.seconds for entry in entries) for entries in (suite.SUITE, suite.REST)]
+    assert seconds[0] + suite.STARTING <= device.SHARES["suite"]
+    assert seconds[1] + suite.STARTING <= 60 * device.parse([]).minutes - device.WRITING
+
+
+def test_workloads_by_words() -> None:
+    names = [entry.workload.name for entry in (*suite.SUITE, *suite.REST)]
+    assert len({*names}) == len(names)
+    assert suite.asked([]) == ([*suite.SUITE], [*suite.REST])
+    assert suite.asked(["rest"]) == ([*suite.REST], [])
+    some, left_out = suite.asked(["W7", "rest"])
+    assert not left_out and len(some) == len({each.workload.name for each in some}) == len(suite.REST) + 2
+    assert suite.unknown(["W7", "rest", "esm2-8m", "W77"]) == ["W77"]
+    args = device.parse(["--only", "suite", "--workloads", "W5", "esm2-8m"])
+    assert args.workloads == ["W5", "esm2-8m"]
+
+
+@torch.no_grad()  # which the phase turns off for its process
+def test_a_workload_that_is_not_there_is_a_fault(job: Job) -> None:
+    suite.run(replace(job, workloads=["W77"]))
+    (fact,) = facts(job)
+    assert fact["ok"] is False and "no workload" in fact["error"]
+
+
 def test_without_transformers_ours_runs_alone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     entries = [suite.Entry(w1("esm2-8m", 3, "pt"), 0), suite.Entry(w5("small", 1, 64), 0)]

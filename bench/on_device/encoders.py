@@ -128,7 +128,7 @@ def esm2(name: str) -> Callable[[str, bool], tuple[Any, nn.Module]]:
 
 
 def device_workload(name: str, what: str, prepare: Callable[[Settings], Contest], **how: Any) -> Workload:
-    return Workload(name, what, prepare, **{"unit": "tokens", "budget": 12.0, "rounds": 7, **how})
+    return Workload(name, what, prepare, **{"unit": "tokens", "budget": 8.0, "rounds": 5, **how})
 
 
 def w1(model: str, count: int, who: str, dtype: str = "bfloat16", **how: Any) -> Workload:

@@ -32,6 +32,7 @@ class Job:
     lines: Path
     part: int = 0
     parts: int = 1
+    workloads: Sequence[str] = ()  # of the suite, by words of their names; none: what fits into nine minutes
 
     @property
     def on_gpu(self) -> bool:
