@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--memory", choices=("all", "some", "none"), default="some", help="measure peaks, a process each"
     )
-    found.add_argument("--minutes", type=float, default=35, help="after which no workload begins (default 35)")
+    found.add_argument("--minutes", type=float, default=45, help="after which no workload begins (default 45)")
     found.add_argument("--list", action="store_true", help="name the workloads and stop")
     found.add_argument("--peak", nargs=2, metavar=("WORKLOAD", "CONTESTANT"), help=argparse.SUPPRESS)
     return found

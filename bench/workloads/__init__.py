@@ -4,7 +4,12 @@ from measuring import Workload
 
 from workloads import antibodies, embedding, folding, pairs, proteinbert, scoring, start, t5, writing
 
-TABLES = (embedding, t5, scoring, pairs, writing, folding, proteinbert, start, antibodies)
-WORKLOADS: tuple[Workload, ...] = tuple(
-    sorted((row for file in TABLES for row in file.WORKLOADS), key=lambda row: row.name.split()[0])
-)
+TABLES = (embedding, antibodies, t5, scoring, pairs, writing, folding, proteinbert, start)
+
+
+def place(row: Workload) -> str:
+    """By number. The antibodies, with 6 of the 14 targets, follow W1: what comes last is dropped first."""
+    return row.name.split()[0].replace("antibodies", "W1")
+
+
+WORKLOADS: tuple[Workload, ...] = tuple(sorted((row for file in TABLES for row in file.WORKLOADS), key=place))
