@@ -45,7 +45,10 @@ TARGETS = (
 
 
 def reached(result: Mapping[str, Any], target: Target) -> tuple[float, float] | None:
-    """What was measured and the lower bound that counts; None if it was not measured."""
+    """The median, by which a target counts, and the lower bound of its interval; a share of the ceiling has none.
+
+    None if it was not measured.
+    """
     found = result.get("contestants", {}).get(target.ours)
     if found is None:
         return None
@@ -53,7 +56,7 @@ def reached(result: Mapping[str, Any], target: Target) -> tuple[float, float] | 
         share = found["of_ceiling"]
         return None if share is None else (share, share)
     interval = found["ratios"].get(target.other)
-    return None if interval is None else (interval[0], interval[0])
+    return None if interval is None else (interval[0], interval[1])
 
 
 def missed(result: Mapping[str, Any]) -> list[Target]:
@@ -70,9 +73,21 @@ def verdicts(results: Results) -> str:
         form = "{:.2f} times" if target.other else "{:.0%}"
         what = f"{target.workload}: {target.ours}, " + (f"of {target.other}" if target.other else "of the ceiling")
         measured = form.format(found[0]) if found else ""
-        short = f"**missed** by {1 - found[0] / target.least:.0%}" if found and found[0] < target.least else "met"
-        lines.append(f"| {what} | {form.format(target.least)} | {measured} | {short if found else 'not measured'} |")
+        verdict = judged(*found, target.least) if found else "not measured"
+        lines.append(f"| {what} | {form.format(target.least)} | {measured} | {verdict} |")
     return "\n".join(lines)
+
+
+def judged(median: float, low: float, least: float) -> str:
+    """Whether a target is met, which its median decides."""
+    if median < least:
+        return f"**missed** by {1 - median / least:.0%}"
+    return "met" + below(low, least)
+
+
+def below(low: float, least: float) -> str:
+    """A remark where the lower bound of an interval does not reach a target."""
+    return " (interval reaches below)" if low < least else ""
 
 
 def told(interval: Sequence[float], same: bool, rounds: int) -> str:

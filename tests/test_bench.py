@@ -144,6 +144,21 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ([3.2, 3.1, 3.3], "met"),
+        ([3.2, 2.9, 3.3], "met (interval reaches below)"),
+        ([2.7, 2.6, 3.1], "**missed** by 10%"),
+    ],
+)
+def test_a_target_counts_by_the_median(suite: ModuleType, interval: list[float], verdict: str) -> None:
+    name = "W1 esm2-150m bfloat16"
+    found = results(a=result(name, interval, 0.47))
+    found["workloads"] = {name: found["workloads"]["a"]}
+    assert f"of transformers tuned | 3.00 times | {interval[0]:.2f} times | {verdict} |" in suite.table(found)
+
+
+@pytest.mark.parametrize(
     ("interval", "rounds", "text"),
     [
         ([1.2, 1.05, 1.3], 3, "1.20 [1.05, 1.30]"),

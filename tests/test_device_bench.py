@@ -288,6 +288,35 @@ def test_targets(job: Job, speed: float, reached: bool) -> None:
     assert ("busy 50%" in fact["why"]) is not reached
 
 
+@pytest.mark.parametrize(
+    ("interval", "found"),
+    [
+        ([2.2, 2.1, 2.3], "2.20, reached"),
+        ([2.2, 1.9, 2.3], "2.20, reached (interval reaches below)"),
+        ([1.6, 1.5, 2.1], "1.60, missed by a factor of 1.25"),
+    ],
+)
+def test_a_target_counts_by_the_median(job: Job, interval: list[float], found: str) -> None:
+    row = {"ratios": {"peer": interval}}
+    suite.judge(job, suite.Target("x", "peer", 2.0), {"contestants": {"plm": row}, "unit": "tokens"}, {})
+    assert facts(job)[0]["found"] == found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounds", "told"),
+    [
+        ("bfloat16", 3, "1.20 [1.10, 1.30]"),
+        ("bfloat16", 2, "~1.20 [1.10, 1.30]"),
+        ("float32", 3, "(1.20 [1.10, 1.30])"),
+    ],
+)
+def test_ratios_are_told_as_by_the_other_suite(dtype: str, rounds: int, told: str) -> None:
+    own = {"dtype": "bfloat16", "median": 1.0, "ratios": {"peer": [1.2, 1.1, 1.3]}}
+    assert report.times("peer", {"dtype": dtype, "median": 1.2}, own, rounds) == told
+    assert report.times("plm, no graphs", {"dtype": "bfloat16", "median": 1.5}, own, rounds) == "(1.50)"
+    assert report.times("plm", own, own, rounds) == ""
+
+
 def test_targets_are_of_workloads_that_are_run() -> None:
     assert {target.workload for target in suite.TARGETS} <= {entry.workload.name for entry in suite.SUITE}
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import reporting
+
 from on_device.job import Fact
 
 State = Mapping[str, str]
@@ -199,10 +201,10 @@ def race(result: Mapping[str, Any]) -> str:
         f"| who | dtype | median | {unit}/s | of the ceiling | peak MiB | error | plm is … times as fast |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ratios = result["contestants"].get("plm", {}).get("ratios", {})
-    base = result["contestants"].get("plm", {}).get("median")
+    own = result["contestants"].get("plm")
     for who, row in result["contestants"].items():
-        lines.append("| " + " | ".join([who, row["dtype"], *cells(row), times(ratios.get(who), row, base)]) + " |")
+        ratio = times(who, row, own, result["rounds"]) if own else ""
+        lines.append("| " + " | ".join([who, row["dtype"], *cells(row), ratio]) + " |")
     lines += [f"| {who} | | missing: {why} | | | | | |" for who, why in result["missing"].items()]
     return "\n".join(lines)
 
@@ -214,9 +216,8 @@ def cells(row: Mapping[str, Any]) -> Sequence[str]:
     return [f"{1e3 * row['median']:,.2f} ms", f"{row['speed']:,.0f}", share, memory, error]
 
 
-def times(ratio: Sequence[float] | None, row: Mapping[str, Any], base: float | None) -> str:
-    """A ratio with its interval; "~" where its lower bound is no claim. Of other settings of ours the bare ratio."""
-    if ratio is not None:
-        claim = "" if ratio[1] >= 1.05 else "~"
-        return f"{claim}{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]"
-    return f"({row['median'] / base:.2f})" if base and row["median"] != base else ""
+def times(who: str, row: Mapping[str, Any], own: Mapping[str, Any], rounds: int) -> str:
+    """How many times as fast ours is, as the CPU suite tells it. Of other settings of ours the bare ratio."""
+    if interval := own["ratios"].get(who):
+        return reporting.told(interval, row["dtype"] == own["dtype"], rounds)
+    return "" if row is own else f"({row['median'] / own['median']:.2f})"
