@@ -13,13 +13,12 @@ from cuda_peers import ESME, FAESM, Flash, by_reference, padded, varlen
 from measuring import BOUNDS, Contestant, Missing, Run, relative
 from torch import Tensor, nn
 
-import plm_kernels
 from on_device.job import describe, forget
 from on_device.networks import converted
 from plm.packing import Packed, batches
-from plm_kernels import backends
+from plm_kernels import batch_invariant
+from plm_kernels.backends import prefer
 
-NO_OPTION = "this version has no such option"
 MAX_TOKENS = 65_536  # in a packed batch, as plm.embed has them on CUDA
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 Rows = Sequence[Tensor]
@@ -66,10 +65,7 @@ def wrong(result: Mapping[str, Any]) -> list[str]:
         for name, row in rows.items()
         if name.startswith("plm") and row["error"] is not None and not row["error"] < BOUNDS[row["dtype"]]
     ]
-    absent = [
-        f"{k}: {why}" for k, why in result["missing"].items() if k.startswith("plm") and "no such option" not in why
-    ]
-    return off + absent
+    return off + [f"{name}: {why}" for name, why in result["missing"].items() if name.startswith("plm")]
 
 
 def kept(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -88,8 +84,8 @@ def settings_of(own: Callable[[], Run]) -> dict[str, Callable[[], Run]]:
     """The same work of ours as it is, on PyTorch's kernels alone, and with the same bits in any batch."""
     return {
         "plm": own,
-        "plm, PyTorch alone": lambda: scoped(own(), chosen("torch")),
-        "plm, batch-invariant": lambda: scoped(own(), invariant()),
+        "plm, PyTorch alone": lambda: scoped(own(), torch_alone),
+        "plm, batch-invariant": lambda: scoped(own(), batch_invariant),
     }
 
 
@@ -101,18 +97,9 @@ def scoped(run: Run, scope: Scope) -> Run:
     return inside
 
 
-def chosen(backend: str) -> Scope:
-    prefer = getattr(backends, "prefer", None)
-    if prefer is None:
-        raise Missing(NO_OPTION)
-    return lambda: prefer(backend)
-
-
-def invariant() -> Scope:
-    found = getattr(plm_kernels, "batch_invariant", None)
-    if found is None:
-        raise Missing(NO_OPTION)
-    return found  # type: ignore[no-any-return]
+def torch_alone() -> AbstractContextManager[None]:
+    """A scope without Triton's kernels."""
+    return prefer("torch")
 
 
 # Runs on rows of tokens

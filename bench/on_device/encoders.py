@@ -28,6 +28,7 @@ from on_device.contests import (
     settings_of,
 )
 from on_device.networks import converted
+from plm.encoder_graphs import graphs_off
 from plm.models import t5
 from plm.models.proteinbert import Config as ProteinBERTConfig
 from plm.models.proteinbert import ProteinBERT
@@ -185,9 +186,7 @@ def strings(settings: Settings, model: str, count: int, peers: bool) -> Contest:
         return lambda given: run_transformers(peer, tokenizer, given, by_length(given), SIZE)
 
     own_settings = settings_of(embed)
-    own_settings |= {
-        f"plm, {name}": lambda scope=scope: scoped(embed(), scope) for name, scope in graph_scopes().items()
-    }
+    own_settings["plm, no graphs"] = lambda: scoped(embed(), graphs_off)
     contestants = {name: guarded(probe, build, "bfloat16") for name, build in own_settings.items()}
     if peers:
         contestants["transformers tuned"] = guarded(probe, tuned, "bfloat16")
@@ -200,15 +199,6 @@ def strings(settings: Settings, model: str, count: int, peers: bool) -> Contest:
         contestants, sequences, sum(map(len, sequences)), flops(whole.config, counted), errors(probe, truth),
         notes={"proteins": len(sequences), "from": "strings", "to": "mean vectors on the host"},
     )  # fmt: skip
-
-
-def graph_scopes() -> dict[str, Any]:
-    """How to leave CUDA graphs of encoders out, if this version has them."""
-    try:
-        from plm.encoder_graphs import graphs_off
-    except ImportError:
-        return {}
-    return {"no graphs": graphs_off}
 
 
 def end_to_end(model: str, count: int, *, peers: bool = True, **how: Any) -> Workload:

@@ -8,8 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,19 +75,9 @@ def network(job: Job, case: Case, dtype: torch.dtype, name: str, launched: Launc
     job.tell("network", name, ok=ok, error_of=error, torchs_error=floor, kernels=sorted(found), **told)
 
 
-def results(net: Any, case: Case, rows: Sequence[Tensor], choice: str) -> list[Tensor]:
-    with torch.inference_mode(), preferring(choice):
+def results(net: Any, case: Case, rows: Sequence[Tensor], choice: backends.Backend) -> list[Tensor]:
+    with torch.inference_mode(), backends.prefer(choice):
         return case.run(net, rows)
-
-
-@contextmanager
-def preferring(choice: str) -> Iterator[None]:
-    """What "auto" means inside: "torch", "triton", or as it is."""
-    prefer = getattr(backends, "prefer", None)
-    if choice != "auto" and prefer is None:
-        raise RuntimeError("this version cannot choose kernels for a whole network (plm_kernels.backends.prefer)")
-    with nullcontext() if choice == "auto" else prefer(choice):
-        yield
 
 
 def relative(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

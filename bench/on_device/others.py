@@ -13,7 +13,7 @@ from torch import Tensor
 
 import plm
 from on_device import twins
-from on_device.contests import DTYPES, chosen, errors, guarded, scoped
+from on_device.contests import DTYPES, errors, guarded, scoped, torch_alone
 from on_device.encoders import device_workload
 from on_device.networks import converted, fold_config
 from plm.esmfold.trunk import Block
@@ -132,7 +132,7 @@ def decoding(settings: Settings, size: str, texts: int, tokens: int, peer_too: b
     if settings.device != "cpu":
         builds["plm, no graphs"] = lambda: writer(graphs=False)
     if settings.device != "cpu" and texts == 1:
-        builds["plm, PyTorch alone"] = lambda: scoped(writer(), chosen("torch"))
+        builds["plm, PyTorch alone"] = lambda: scoped(writer(), torch_alone)
     if peer_too:
         builds["transformers GPT-J"] = peer
     contestants = {name: guarded(prompt, build, told, float(read)) for name, build in builds.items()}
@@ -185,7 +185,7 @@ def fold_block(settings: Settings, length: int, dtype: str) -> Contest:
 
     builds: dict[str, Callable[[], Any]] = {
         "plm": lambda: ours(net),
-        "plm, PyTorch alone": lambda: scoped(ours(net), chosen("torch")),
+        "plm, PyTorch alone": lambda: scoped(ours(net), torch_alone),
         "transformers": lambda: peer(None),
         "transformers, chunk 64": lambda: peer(64),
     }

@@ -5,11 +5,9 @@ truth: this library's own error in that dtype on the CPU, and the original's in 
 relative to the truth; where an original's was stored as its largest alone, the largest.
 """
 
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import plm
-import plm_kernels
 from on_device.job import Job, describe
 from on_device.kernels import relative
 from on_device.networks import CASES as NETWORKS
 from on_device.networks import Case as Network
 from on_device.networks import converted
 from plm.packing import Packed
+from plm_kernels import batch_invariant
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -216,16 +214,11 @@ def invariance(job: Job, network: Network) -> None:
     """How far a sequence's numbers move when others are in the batch, at published widths, as it is and on demand."""
     dtype = torch.bfloat16 if job.on_gpu else torch.float32
     net, rows = converted(network.network(job.quick, job.device), dtype), network.rows(job.quick, job.device)
-    demanded = getattr(plm_kernels, "batch_invariant", None)
-    loads = "batch_invariant" in inspect.signature(plm.load).parameters
-    for name, scope in (("as it is", nullcontext), ("batch_invariant", demanded)):
-        if scope is None:
-            job.tell("invariance", f"{network.name}, {name}", ok=None, error="this version has no such option")
-            continue
-        with torch.inference_mode(), scope():
+    for demanded in (False, True):
+        name = f"{network.name}, {'batch_invariant' if demanded else 'as it is'}"
+        with torch.inference_mode(), batch_invariant(demanded):
             together = network.run(net, rows)
             alone = [network.run(net, [row])[0] for row in rows[: len(together)]]
         distance = relative(together, alone)
         same = all(torch.equal(x, y) for x, y in zip(together, alone, strict=True))
-        told = {"ok": same} if name != "as it is" else {}
-        job.tell("invariance", f"{network.name}, {name}", moved=distance, same_bits=same, option=loads, **told)
+        job.tell("invariance", name, moved=distance, same_bits=same, **({"ok": same} if demanded else {}))

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from common import scratch
-from measuring import Contestant, Missing, Run
+from measuring import Contestant, Run
 from torch import Tensor
 
 import plm
 from plm.conversion import to_transformers
-from plm.loading import Model
 from plm.models.esm import ESM, Config, initialise
 from plm.vocabularies import ESM as VOCABULARY
 from plm_weights.registry import find
@@ -46,14 +45,6 @@ def published(name: str, quick: bool = False) -> Path:
         initialise(net, torch.Generator().manual_seed(0))
         to_transformers(net.state_dict(), net.config, folder)
     return folder
-
-
-def ours(folder: Path, dtype: str, device: str = "cpu") -> Model:
-    """plm's model. Raises: Missing if this version does not know the dtype."""
-    try:
-        return plm.load(folder, dtype=dtype, device=device)
-    except ValueError:
-        raise Missing(f"this version has no dtype {dtype}") from None
 
 
 def by_length(sequences: Sequence[str]) -> list[int]:
@@ -176,7 +167,7 @@ def embedders(
         return lambda sequences: run_fair(model, converter, sequences)
 
     def own_run(dtype: str) -> Run:
-        model = ours(folder, dtype, device)
+        model = plm.load(folder, dtype=dtype, device=device)
         return lambda sequences: plm.embed(model, sequences, pool="mean")
 
     every = {

@@ -17,7 +17,7 @@ from inputs import proteins
 from measuring import Contestant, Missing
 from torch import Tensor
 
-from peers.esm import ours
+import plm
 from peers.process import Peer
 from plm import running
 from plm.loading import Model
@@ -68,7 +68,7 @@ def contestants(folder: Path, own: Sequence[str], threads: int) -> dict[str, Con
     """esm-cpp in float32 and in 8 bits, and plm in the dtypes ``own``."""
 
     def plm_run(dtype: str) -> Any:
-        model = ours(folder, dtype)
+        model = plm.load(folder, dtype=dtype, device="cpu")
         return lambda sequences: own_logits(model, sequences)
 
     return {
@@ -80,4 +80,4 @@ def contestants(folder: Path, own: Sequence[str], threads: int) -> dict[str, Con
 
 def exact(folder: Path) -> Any:
     """Logits in float64."""
-    return lambda sequences: own_logits(ours(folder, "float64"), sequences)
+    return lambda sequences: own_logits(plm.load(folder, dtype="float64", device="cpu"), sequences)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from inputs import protein
 from measuring import Contest, Contestant, Run, Settings, Workload, against
-from peers.esm import config_of, flops, ours, published, transformers_masked
+from peers.esm import config_of, flops, published, transformers_masked
 from peers.progen2 import SIZES, likelihood, peer
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def masked(settings: Settings, model: str, dtype: str, length: int) -> Contest:
         return lambda scan: [torch.tensor(scores(*scan))]
 
     def own(dtype: str) -> Run:
-        net = ours(folder, dtype)
+        net = plm.load(folder, dtype=dtype, device="cpu")
         return lambda scan: [torch.tensor(plm.variants(net, *scan, how="masked-marginals"))]
 
     everyone = {
@@ -64,15 +64,16 @@ def by_likelihood(settings: Settings, dtype: str, length: int) -> Contest:
         return run
 
     def gptj() -> Run:
-        theirs, model = peer("GPT-J", weights(size)[0], size, getattr(torch, dtype)), ours(weights(size)[1], dtype)
+        theirs = peer("GPT-J", weights(size)[0], size, getattr(torch, dtype))
+        model = plm.load(weights(size)[1], dtype=dtype, device="cpu")
         return one_by_one(lambda text: likelihood(theirs, model, text))
 
     def whole() -> Run:
-        model = ours(weights(size)[1], dtype)
+        model = plm.load(weights(size)[1], dtype=dtype, device="cpu")
         return one_by_one(lambda text: plm.score(model, text)[0].total)
 
     def own(dtype: str) -> Run:
-        model = ours(weights(size)[1], dtype)
+        model = plm.load(weights(size)[1], dtype=dtype, device="cpu")
         return lambda scan: [torch.tensor(plm.variants(model, *scan))]
 
     everyone = {

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from common import scratch
 from measuring import Contest, Contestant, Run, Settings, Workload, relative
-from peers.esm import ours
 from peers.progen2 import BYTES, SIZES, Kind, Size, hub_writer, official, own_writer, peer, prompts, random_weights
 from torch import Tensor
 
+import plm
 from plm.packing import Packed
 
 PROMPT = 16
@@ -57,7 +57,7 @@ class OwnWriter:
     """plm."""
 
     def __init__(self, dtype: str, size: Size, new: int) -> None:
-        self.model, self.new = ours(weights(size)[1], dtype), new
+        self.model, self.new = plm.load(weights(size)[1], dtype=dtype, device="cpu"), new
 
     def __call__(self, inputs: tuple[list[list[int]], int]) -> Any:
         rows, samples = inputs
