@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from plm.processor import bfloat16_unit
 from plm.sequences import read_records
 
 PROTEINS = Path(__file__).parents[1] / "examples" / "data" / "yeast_300.fasta.gz"
@@ -172,12 +173,6 @@ def cpu(field: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
 
 
-def amx() -> bool | None:
-    """Whether the processor has matrix tiles; None if this torch does not say."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return None if probe is None else bool(probe())
-
-
 def versions() -> dict[str, str | None]:
     """Of the packages that take part; None for what is not installed."""
     found: dict[str, str | None] = {}
@@ -209,7 +204,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "flags": [flag for flag in flags.split() if FLAGS.match(flag)],
         "threads": torch.get_num_threads(),
-        "amx": amx(),
+        "bfloat16": bfloat16_unit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),

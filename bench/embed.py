@@ -10,8 +10,9 @@ describes: before anything is timed, the vectors of all are compared. The suite 
 import argparse
 
 import torch
+from arithmetic import flops
 from common import copy_ceiling, gemm_ceiling, machine, print_json, proteins, race, ratio
-from peers.esm import config_of, embedders, flops, published
+from peers.esm import config_of, embedders, published
 from torch import Tensor
 
 

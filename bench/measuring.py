@@ -12,15 +12,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import commit, copy_ceiling, cpu, gemm_ceiling, others_seconds, race, ratio, read_ceiling, seconds
+from common import commit, copy_ceiling, cpu, gemm_ceiling, others_seconds, race, ratio, read_ceiling, seconds, settle
 from torch import Tensor
+
+import plm
 
 Run = Callable[[Any], Any]
 """Inputs to outputs, in input order: the whole work once."""
@@ -106,7 +108,7 @@ def measure(
     ``explain`` names from what was found those whose time is to be split by operations: who missed a target.
     """
     began, before = time.perf_counter(), state_of_machine()
-    with threads(workload.threads), ExitStack() as stack:
+    with plm.threads(workload.threads), ExitStack() as stack:
         contest = workload.prepare(settings)
         runs, missing = built(contest.contestants)
         if not runs:
@@ -239,26 +241,34 @@ def against(
     return errors
 
 
+def operations(work: Callable[[], object], device: str) -> list[tuple[str, float, int]]:
+    """Name, seconds and count of every operation of one run, on CUDA of every kernel; those that take most first."""
+    on_cuda = device == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as recorded:
+        work()
+        settle()
+    found = [
+        (each.key, (each.self_device_time_total if on_cuda else each.self_cpu_time_total) / 1e6, each.count)
+        for each in recorded.key_averages()
+    ]
+    return sorted(found, key=lambda each: -each[1])
+
+
 def profile(work: Callable[[], object], device: str, count: int = 8) -> list[tuple[str, float]]:
     """The operations that take most of one run, and their share of the time of all."""
-    kinds = [torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds) as recorded:
-        work()
-    events = recorded.key_averages()
-    times = {each.key: each.self_device_time_total if device == "cuda" else each.self_cpu_time_total for each in events}
-    total = sum(times.values()) or 1
-    return [(name, taken / total) for name, taken in sorted(times.items(), key=lambda item: -item[1])[:count]]
+    found = operations(work, device)
+    total = sum(taken for _, taken, _ in found) or 1
+    return [(name, taken / total) for name, taken, _ in found[:count]]
 
 
 def peak(workload: str, name: str, settings: Settings, work: Callable[[], object]) -> float | None:
-    """MiB at the peak of one run: on CUDA of torch's memory, on a CPU the resident set of a process of its own (Linux).
+    """MiB at the peak of one run: on CUDA what `device_peak` finds, on a CPU (Linux) the resident set of a process.
 
     That process builds this contestant alone and prints what `own_peak` finds.
     """
     if settings.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return device_peak(work)
     if not Path("/proc/self/clear_refs").exists():
         return None
     flags = [f"--{flag}" for flag in ("quick", "full") if getattr(settings, flag)]
@@ -271,9 +281,20 @@ def peak(workload: str, name: str, settings: Settings, work: Callable[[], object
     return float(told.stdout.split()[-1])
 
 
+def device_peak(work: Callable[[], object]) -> float:
+    """MiB of torch's memory on CUDA that a run takes at its peak beyond what lay there before: weights and inputs of
+    all contestants, who share a process."""
+    settle()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    settle()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def own_peak(workload: Workload, name: str, settings: Settings) -> float:
     """MiB at the peak of one run in this process: libraries, weights and work, but not what building took."""
-    with threads(workload.threads):
+    with plm.threads(workload.threads):
         contest = workload.prepare(settings)
         run = contest.contestants[name].build()
         give_back_memory()
@@ -302,14 +323,3 @@ def state_of_machine() -> dict[str, float | None]:
     """Load average of the last minute, and the clock of the first core in MHz where Linux tells it."""
     clock = cpu("cpu MHz")
     return {"load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None, "mhz": float(clock) if clock else None}
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """A scope in which torch works in so many threads; None: as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -166,7 +166,7 @@ def save(results: Results, path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """A file of which at any time the old or the new one is there, whole."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
         try:
             file.write(text)

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
+from arithmetic import flops
 from common import gemm_ceiling, machine, print_json, race, ratio
-from peers.t5 import WAYS, contestant, flops, twins
+from peers.t5 import WAYS, contestant, twins
 
 PLOT = Path(__file__).with_name("t5_memory.png")
 

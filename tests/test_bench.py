@@ -277,6 +277,33 @@ def test_the_entry_of_make_bench_runs_one_workload(
     assert "A rehearsal" in file.with_suffix(".md").read_text()
 
 
+def test_a_profile_names_what_takes_the_time(suite: ModuleType) -> None:
+    from measuring import operations, profile
+
+    x = torch.randn(256, 256)
+    (name, share), *others = profile(lambda: x @ x, "cpu")
+    assert name in ("aten::mm", "aten::matmul") and 0.5 < share <= 1
+    assert share + sum(each for _, each in others) <= 1 + 1e-9
+    assert operations(lambda: [x @ x for _ in range(3)], "cpu")[0][2] == 3
+
+
+def test_memory_on_cuda_is_what_a_run_takes_beyond_the_weights_of_all(
+    suite: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once included the weights of every contestant in the process."""
+    from measuring import peak
+
+    taken = {"now": 300 << 20, "peak": 700 << 20}  # the peak is of building, until it is reset
+
+    def run() -> None:
+        taken["peak"] = max(taken["peak"], taken["now"] + (50 << 20))
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: taken.update(peak=taken["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: taken["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: taken["peak"])
+    assert peak("x", "plm", suite.Settings(device="cuda"), run) == 50
+
+
 def test_memory_is_that_of_a_process_of_its_own(suite: ModuleType) -> None:
     from measuring import peak
     from workloads import WORKLOADS

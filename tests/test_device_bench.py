@@ -317,6 +317,16 @@ def test_ratios_are_told_as_by_the_other_suite(dtype: str, rounds: int, told: st
     assert report.times("plm", own, own, rounds) == ""
 
 
+def test_a_profile_says_how_busy_the_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "once", lambda work: 2.0)
+    monkeypatch.setattr(suite, "operations", lambda work, device: [("mm", 0.9, 4), ("norm", 0.1, 2), ("host", 0.0, 9)])
+    assert suite.profile(lambda: None) == {
+        "busy": 0.5,
+        "kernels": "mm 90% (4x); norm 10% (2x); host 0% (9x)",
+        "launches": 6,
+    }
+
+
 def test_targets_are_of_workloads_that_are_run() -> None:
     assert {target.workload for target in suite.TARGETS} <= {entry.workload.name for entry in suite.SUITE}
 

@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import torch
+from arithmetic import flops
 from inputs import lengths, protein, proteins
 from measuring import Contest, Contestant, Missing, Settings, Workload
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from on_device.contests import (
 )
 from on_device.networks import converted
 from plm.encoder_graphs import graphs_off
-from plm.models import t5
 from plm.models.proteinbert import Config as ProteinBERTConfig
 from plm.models.proteinbert import ProteinBERT
 
@@ -42,16 +42,6 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 def rows(tokens: Sequence[int], family: str, settings: Settings) -> list[Tensor]:
     shorter = [min(t, 12 + i % 5) for i, t in enumerate(tokens[:3])] if settings.quick else tokens
     return twins.rows_of(shorter, RESIDUES[family], settings.device)
-
-
-def flops(config: Any, tokens: Sequence[int]) -> float:
-    """Multiplications and additions of an encoder: its matrices for every token, and 4 t c per token for attention."""
-    if isinstance(config, t5.Config):
-        inner, matrices = config.heads * config.head_size, 3 * config.channels * config.feed_forward
-    else:
-        inner, matrices = config.channels, 2 * config.channels * config.feed_forward
-    per_token = 2 * (4 * config.channels * inner + matrices)
-    return config.layers * sum(t * per_token + 4 * t * t * inner for t in tokens)
 
 
 # On prepared batches

@@ -23,15 +23,8 @@ def write(folder: Path, facts: Sequence[Fact], state: State, settings: Mapping[s
         "passed": passed(facts, state),
         "facts": [*facts],
     }
-    replace(folder / "device.json", json.dumps(found, indent=1) + "\n")
-    replace(folder / "device.md", markdown(facts, state, settings))
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file so that at any time the old or the new one is there, whole."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text)
-    partial.replace(path)
+    reporting.write(folder / "device.json", json.dumps(found, indent=1) + "\n")
+    reporting.write(folder / "device.md", markdown(facts, state, settings))
 
 
 def passed(facts: Sequence[Fact], state: State) -> bool:

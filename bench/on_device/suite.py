@@ -13,7 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from measuring import Contest, Contestant, Run, Settings, Workload, measure
+from measuring import (
+    Contest,
+    Contestant,
+    Run,
+    Settings,
+    Workload,
+    device_peak,
+    measure,
+    operations,
+    without_gradients,
+)
 from reporting import below
 
 from on_device.contests import wrong
@@ -166,10 +176,9 @@ def contest(job: Job, entry: Entry, settings: Settings) -> None:
 
     timer = {} if entry.end_to_end else {"timer": once}
     result = measure(replace(entry.workload, prepare=prepare), settings, memory=False, **timer)
-    inputs = prepared[0].inputs
-    for who, work in runs.items():
-        if who in result["contestants"]:
-            result["contestants"][who]["peak_mib"] = peak(work, inputs) if job.on_gpu else None
+    works = {who: without_gradients(run, prepared[0].inputs) for who, run in runs.items()}
+    for who, row in result["contestants"].items():
+        row["peak_mib"] = device_peak(works[who]) if job.on_gpu else None
     faults = wrong(result)
     job.tell(
         "race", name, ok=not faults, took=time.time() - began, result=result,
@@ -177,7 +186,7 @@ def contest(job: Job, entry: Entry, settings: Settings) -> None:
     )  # fmt: skip
     for who, why in result["missing"].items():
         job.tell("missing", f"{name}: {who}", why=why)
-    shares = profile(runs["plm"], inputs) if job.on_gpu and "plm" in runs and not job.quick else {}
+    shares = profile(works["plm"]) if job.on_gpu and "plm" in works and not job.quick else {}
     if shares:
         job.tell("profile", name, **shares)
     for target in TARGETS:
@@ -195,40 +204,21 @@ def watched(runs: dict[str, Run], name: str, contestant: Contestant) -> Contesta
     return replace(contestant, build=build)
 
 
-@torch.inference_mode()
-def peak(work: Callable[[Any], object], inputs: Any) -> float:
-    """MiB that a run takes at its peak beyond what lay on the device before: weights and inputs of all."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work(inputs)
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-@torch.inference_mode()
-def profile(work: Callable[[Any], object], inputs: Any) -> dict[str, Any]:
+def profile(work: Callable[[], object]) -> dict[str, Any]:
     """Which kernels the device's time goes into, and the share of the time in which it has any."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    seconds = once(lambda: work(inputs))
+    seconds = once(work)
     try:
-        with profiler(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
-            work(inputs)
-            torch.cuda.synchronize()
-        events = [each for each in seen.key_averages() if each.device_time_total > 0]
+        found = operations(work, "cuda")
     except Exception as error:  # profilers need rights that some machines do not give
         return {"kernels": f"no profile: {type(error).__name__}"}
-    events.sort(key=lambda each: -each.self_device_time_total)
-    total = sum(each.self_device_time_total for each in events)
+    total = sum(taken for _, taken, _ in found)
     if not total:
         return {}
-    top = [f"{each.key[:60]} {each.self_device_time_total / total:.0%} ({each.count}x)" for each in events[:8]]
+    top = [f"{name[:60]} {taken / total:.0%} ({count}x)" for name, taken, count in found[:8]]
     return {
-        "busy": min(1.0, total / 1e6 / seconds),
+        "busy": min(1.0, total / seconds),
         "kernels": "; ".join(top),
-        "launches": sum(e.count for e in events),
+        "launches": sum(count for _, taken, count in found if taken),
     }
 
 

@@ -185,12 +185,6 @@ def exact(folder: Path) -> Callable[[Sequence[str]], list[Tensor]]:
     return lambda sequences: plm.embed(plm.load(folder, dtype="float64", device="cpu"), sequences, pool="mean")
 
 
-def flops(config: Config, tokens: Sequence[int]) -> float:
-    """Multiplications and additions of the encoder: 24 c^2 per token and layer, and 4 t c per token for attention."""
-    per_layer = 2 * (4 * config.channels + 2 * config.feed_forward) * config.channels
-    return config.layers * sum(t * per_layer + 4 * t * t * config.channels for t in tokens)
-
-
 def transformers_masked(folder: Path, dtype: str, size: int = 32) -> Callable[[str, Sequence[str]], list[float]]:
     """Masked marginals as scripts compute them: a copy per hidden residue, in batches of 32, the whole head on top."""
     model, tokenizer = transformers_model(folder, dtype, name="EsmForMaskedLM"), transformers_tokenizer()

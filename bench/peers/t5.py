@@ -50,13 +50,6 @@ def twins(dtype: torch.dtype, width: int, layers: int, decoder_layers: int) -> t
     return theirs, Model(net.eval(), ankh3_tokenizer(), origin)
 
 
-def flops(config: Config, lengths: list[int]) -> float:
-    """Multiplications and additions of the encoder."""
-    inner = config.heads * config.head_size
-    linear = 2 * (4 * config.channels * inner + 3 * config.channels * config.feed_forward)
-    return config.layers * sum(t * linear + 4 * t * t * inner for t in lengths)
-
-
 def contestant(way: str, theirs: Any, ours: Model, ids: Tensor) -> Callable[[], Tensor]:
     """A function that encodes ids ``[b, t]`` to ``[b, t, c]``."""
     if way == "plm":

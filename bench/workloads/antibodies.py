@@ -3,9 +3,10 @@
 import os
 from functools import partial
 
+from arithmetic import flops
 from inputs import proteins
 from measuring import Contest, Settings, Workload, against
-from peers.esm import config_of, flops, published
+from peers.esm import config_of, published
 from peers.esm_cpp import contestants, exact
 
 OWN = ("float32", "bfloat16", "float32-bfloat16")

@@ -5,9 +5,10 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from arithmetic import flops
 from inputs import padded, protein, proteins
 from measuring import Contest, Contestant, Run, Settings, Workload, against
-from peers.esm import BATCH, config_of, embedders, exact, flops, published, transformers_tokenizer
+from peers.esm import BATCH, config_of, embedders, exact, published, transformers_tokenizer
 
 from plm.vocabularies import esm_tokenizer
 

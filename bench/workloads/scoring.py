@@ -5,9 +5,10 @@ from random import Random
 from typing import Any
 
 import torch
+from arithmetic import flops
 from inputs import protein
 from measuring import Contest, Contestant, Run, Settings, Workload, against
-from peers.esm import config_of, flops, published, transformers_masked
+from peers.esm import config_of, published, transformers_masked
 from peers.progen2 import SIZES, likelihood, peer
 from torch import Tensor
 

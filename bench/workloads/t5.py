@@ -9,8 +9,9 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from arithmetic import flops
 from measuring import Contest, Contestant, Run, Settings, Workload, against, relative
-from peers.t5 import FULL_WIDTH, config_of, contestant, flops, prompts, run_generate, run_own, twins
+from peers.t5 import FULL_WIDTH, config_of, contestant, prompts, run_generate, run_own, twins
 from torch import Tensor
 
 from plm.packing import Packed
