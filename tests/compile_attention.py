@@ -1,7 +1,10 @@
 """Compile attention's kernels for an H200 without having one, as launches of given shapes would. Run as a script.
 
-A process that interprets kernels cannot compile them, so this is one of its own. Prints, as JSON, a row per kernel with
-what the assembler used: registers per thread, bytes that were spilled from them, bytes of memory shared by a program.
+A process that interprets kernels cannot compile them, so this is one of its own. Unlike ``kernel_compile.py`` it lets
+Triton's launcher specialise the arguments, with a driver that is not there: the three kernels of a call with its
+backward pass are compiled as autograd launches them, while `kernel_compile.compiled` takes one launch of one kernel.
+Prints, as JSON, a row per kernel with what the assembler used: registers per thread, bytes that were spilled from them,
+bytes of memory shared by a program.
 """
 
 import json

@@ -4,13 +4,11 @@ Interpreted where there is no GPU (see kernel_device.py), so sizes are small, an
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_compile import needs_compiler, printed_by
 from kernel_device import DEVICE, HALF
 from torch import Tensor
 
@@ -19,7 +17,6 @@ from plm_kernels.backends import KernelWarning
 from plm_kernels.packed_attention import attention_choice
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
 # An empty sequence among them, as CUDA graphs pad with; the longest fills more tiles than a bias of reach 2 needs on
 # either side, and not the last one.
 LENGTHS = {torch.float32: (1, 0, 101), HALF: (1, 0, 201)}
@@ -313,15 +310,11 @@ def test_wrong_arguments_are_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPa
     assert not backends.broken()
 
 
+@needs_compiler
 def test_it_compiles_for_an_h200(tmp_path: Path) -> None:
     """All three kernels, at the head size of T5 and ESM-2, with little spilled. No GPU is needed for it."""
     cases = [(64, "bfloat16", True, False, True), (64, "bfloat16", False, True, False)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(ROOT / "tests/compile_attention.py"), json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = json.loads(printed_by("compile_attention.py", tmp_path, json.dumps(cases)))
     assert [row["kernel"] for row in rows] == ["attend", "by_queries", "by_keys", "attend"]
     for row in rows:
         assert row["products"] == "wgmma", row
