@@ -9,6 +9,7 @@ texts, but each of them keeps a copy of its keys and values.
 Letters: r rows (texts being written), h heads, d head size, t tokens, l layers.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from plm.cache import Room
 from plm.models.progen2 import ProGen2
-from plm.recording import Record, Weights, cuda_graphs, weights_of
+from plm.recording import GraphWarning, Record, Weights, cuda_graphs, launched, weights_of
 from plm_kernels import attention_part, is_batch_invariant
 
 TOKENS = 128  # a graph attends to a multiple of so many tokens
@@ -107,12 +108,14 @@ class StaticDecoding:
         """Write the newest token's k and v ``[r, h, d]``, then attend with its q to all that the row has."""
         here = self.lengths[: self.rows]
         row = torch.arange(self.rows, device=here.device)
-        keys, values = self.keys[layer, : self.rows], self.values[layer, : self.rows]
+        keys, values, given = self.keys[layer, : self.rows], self.values[layer, : self.rows], q.dtype
+        q, k, v = (x.to(keys.dtype) for x in (q, k, v))  # narrower where only products are in bfloat16
         keys[row, :, here], values[row, :, here] = k, v
         keys, values = keys[:, :, : self.tokens], values[:, :, : self.tokens]
         unseen = torch.arange(self.tokens, device=here.device) > here[:, None]
         mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device).masked_fill(unseen, -torch.inf)
-        return attention_part(q[:, :, None], keys, values, scale=self.scale, mask=mask[:, None, None])[0][:, :, 0]
+        found, _ = attention_part(q[:, :, None], keys, values, scale=self.scale, mask=mask[:, None, None])
+        return found[:, :, 0].to(given)
 
     def advance(self) -> None:
         """All layers have the newest token. Rows that are not in use stay within their places."""
@@ -180,7 +183,10 @@ class Graphed:
         return step.logits[: len(tokens)].clone()
 
     def recorded(self, state: StaticDecoding, rows: int, width: int) -> Recorded:
-        """Run a step, for libraries to choose their kernels, put back what it changed, and record it."""
+        """Run a step, for libraries to choose their kernels, put back what it changed, and record it.
+
+        Where it cannot be recorded that costs a warning, and this and all later steps are launched each time.
+        """
         tokens = torch.zeros(rows, dtype=torch.int64, device=state.lengths.device)
         before = state.lengths.clone()
 
@@ -195,6 +201,15 @@ class Graphed:
                 work()
             torch.cuda.current_stream().wait_stream(side)
             state.lengths.copy_(before)
-        logits, run = self.record(work)
+        try:
+            logits, run = self.record(work)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # libraries fail with errors of many classes
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            warnings.warn(f"no CUDA graph could be recorded, steps are launched: {reason}", GraphWarning, 3)
+            state.lengths.copy_(before)
+            self.record = launched
+            logits, run = self.record(work)
         state.lengths.copy_(before)
         return Recorded(tokens, logits, run)

@@ -205,9 +205,10 @@ def load(
             beside them); on CUDA it saves memory, not time. It rounds weights by about 0.8 % of their size, where
             bfloat16 rounds them by 0.2 %. "float32-bfloat16" (or "fp32-bf16") keeps parameters, the sum that runs
             through the layers, norms and heads in float32, and takes the products of the layers, and attention, in
-            bfloat16. Of an ESMFold "auto" is float32 everywhere, and with float32 the layers of its language model stay
-            in the half precision in which they are stored, to be widened one by one; with bfloat16 its structure module
-            and confidence stay in float32.
+            bfloat16; what writes keeps its cache, and attends to it, in float32. Of an ESMFold "auto" is
+            float32 everywhere, and with float32 the layers of its language model stay in the half precision in which
+            they are stored, to be widened one by one; with bfloat16 its structure module and confidence stay in
+            float32.
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
         batch_invariant: on CUDA, ``embed``, ``score`` and ``variants`` give a sequence the same bits alone or in any

@@ -36,6 +36,16 @@ def cuda_graphs() -> Record:
     return record
 
 
+def launched(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """In place of a recording: the work itself, each time."""
+    result = work().clone()
+
+    def repeat() -> None:
+        result.copy_(work())
+
+    return result, repeat
+
+
 def weights_of(net: nn.Module) -> Weights | None:
     """Where every weight lies and how often it was changed in place; None where hooks want to see each pass."""
     found = []

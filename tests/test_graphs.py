@@ -21,6 +21,7 @@ from plm.decoding import Request, write
 from plm.graphs import TOKENS, Graphed, StaticDecoding, graph_tokens
 from plm.models.progen2 import Config, ProGen2
 from plm.packing import Packed
+from plm.recording import GraphWarning
 from plm.sampling import Rules, Sampler, streams
 from plm_kernels import batch_invariant
 
@@ -191,6 +192,59 @@ def test_a_step_asks_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         state.known, state.rows, state.tokens = [3, 5], 4, TOKENS
         with torch.no_grad():
             assert net.step(torch.zeros(4, dtype=torch.int64), state).shape == (4, CONFIG.outputs)
+
+
+@torch.inference_mode()
+def test_products_in_bfloat16() -> None:
+    """Regression: the newest token's keys in bfloat16 were put into a store in float32, which a device refuses."""
+    torch.manual_seed(0)
+    net = ProGen2(CONFIG).eval().requires_grad_(False)
+    for block in net:
+        for layer in (block.attention.qvk, block.attention.out, block.feed_forward.up, block.feed_forward.down):
+            layer.multiply_in(torch.bfloat16)
+    prompts, graphs = [random_ids(5, 1), random_ids(9, 2)], Graphed(net, Repeated())
+    state = graphs.room(Room(texts=2, text_tokens=20, prompts=2, prompt_tokens=9))
+    graphs.join(state, prompts, [1, 1])
+    found = graphs.step(torch.tensor([ids[-1] for ids in prompts]), state)
+    assert state.keys.dtype == found.dtype == torch.float32
+    batch = Packed.from_ids(prompts)
+    wanted = net(batch).logits[batch.offsets[1:].long() - 1]
+    # Their attention is in bfloat16, that of a step in float32: up to 2.1e-3 is seen on logits of up to 2.
+    assert (found - wanted).abs().max() < 1e-2
+
+
+class Failing:
+    """A machine that cannot record: a step may have been begun, and has moved the lengths on."""
+
+    tried = 0
+
+    def __init__(self, error: type[Exception] = RuntimeError) -> None:
+        self.error = error
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        self.tried += 1
+        work()
+        raise self.error("operation not permitted when stream is capturing\nand more lines")
+
+
+@torch.inference_mode()
+def test_what_cannot_be_recorded_is_launched(net: ProGen2) -> None:
+    """One warning, the same numbers, and no second try, also in a cache of another size."""
+    failing, ids = Failing(), random_ids(6, 1)
+    graphs, whole = Graphed(net, failing), Graphed(net, Repeated())
+
+    def logits(graphs: Graphed, texts: int) -> list[Tensor]:
+        state = graphs.room(Room(texts, text_tokens=20, prompts=1, prompt_tokens=9))
+        graphs.join(state, [ids], [texts])
+        return [graphs.step(torch.full((texts,), token), state) for token in (7, 9, 4)]
+
+    with pytest.warns(GraphWarning, match="steps are launched: RuntimeError: operation not permitted .* capturing$"):
+        found = logits(graphs, 2)
+    assert all(map(torch.equal, found, logits(whole, 2))) and len(found) == 3
+    assert all(map(torch.equal, logits(graphs, 3), logits(whole, 3)))  # another warning would be an error
+    assert failing.tried == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        logits(Graphed(net, Failing(torch.OutOfMemoryError)), 2)
 
 
 def test_room() -> None:
