@@ -13,6 +13,7 @@ UNITS = {
     "AVX512-BF16": ("_is_avx512_bf16_supported", "avx512_bf16"),
 }
 CPUINFO = Path("/proc/cpuinfo")
+MOST_THREADS = 1024  # no machine has more cores, and with very many OpenMP ends the process
 
 
 def bfloat16_unit() -> str | None:
@@ -50,13 +51,15 @@ def cpu_flags() -> frozenset[str]:
 def threads(count: int | None) -> Iterator[None]:
     """Let torch use ``count`` threads on the CPU within this scope, and as many as before behind it; None: no change.
 
-    Raises: ValueError for less than one.
+    The number is the whole process's, as torch keeps it: what other threads of Python compute meanwhile has it too.
+
+    Raises: ValueError for what is no whole number from 1 to 1024.
     """
     if count is None:
         yield
         return
-    if count < 1:
-        raise ValueError(f"threads must be at least 1; got {count}")
+    if type(count) is not int or not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"threads must be at least 1 and at most {MOST_THREADS}, a whole number; got {count!r}")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -141,8 +141,9 @@ def test_threads_come_back() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_no_threads(count: int) -> None:
+@pytest.mark.parametrize("count", [0, -1, 1025, 100_000, True, "4", 2.5])
+def test_no_such_number_of_threads(count: int) -> None:
+    """Regression: 100,000 ended the process."""
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match="threads must be at least 1"), plm.threads(count):
         pass
@@ -176,6 +177,7 @@ def test_threads_of_a_command(verb: str, run: Plm, monkeypatch: pytest.MonkeyPat
     seen.clear()
     assert run(verb, *source, *ends).code == 0 and set(seen) == {before}
     assert run(verb, *source, *ends, "--threads", "0").code == 2
+    assert run(verb, *source, *ends, "--threads", "100000").code == 2
 
     def broken(*arguments: object) -> object:
         raise MemoryError(f"with {torch.get_num_threads()} threads")

@@ -52,7 +52,7 @@ dtype = click.option(
     ),
 )
 threads = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads on the CPU; else as many as torch takes by itself."
+    "--threads", type=click.IntRange(min=1, max=1024), help="Threads on the CPU; else as many as torch takes by itself."
 )
 revision = click.option("--revision", help="Commit or branch on the hub.")
 offline = click.option("--offline", is_flag=True, help="Use only what is on this machine.")
