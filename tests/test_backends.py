@@ -1,5 +1,6 @@
 """Which implementation serves a call, and what happens where a kernel does not work."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -107,6 +108,32 @@ def test_cuda_may_prefer_torch() -> None:
         assert serve("rotary", OnCuda(), "auto", kernel, plain) == "torch"  # type: ignore[arg-type]
 
 
+@torch.inference_mode()
+def test_what_does_not_fit_is_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody asks whether it fits where PyTorch serves anyway."""
+    x: Tensor = OnCuda()  # type: ignore[assignment]
+    monkeypatch.setattr(backends, "triton_available", lambda: True)
+    assert serve("norm", x, "auto", failing, plain, lambda: False) == "torch"
+    assert serve("norm", x, "triton", failing, plain, lambda: False) == "torch"
+    assert not backends.broken()
+    assert serve("norm", torch.zeros(1), "auto", failing, plain, failing) == "torch"  # type: ignore[arg-type]
+
+
+class Forbidding:
+    """A finder that lets nobody look for Triton."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "triton":
+            raise ModuleNotFoundError(f"{name} is forbidden")
+
+
+def test_triton_that_cannot_be_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Forbidding(), *sys.meta_path])
+    assert backends.triton_available.__wrapped__() is False
+
+
 def test_every_kernel_has_its_module() -> None:
     folder = Path(backends.__file__).parent / "gpu"
     assert all((folder / f"{module}.py").is_file() for module in backends.KERNELS.values())
@@ -128,3 +155,6 @@ def test_picks_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert picks() == {"rotary": "triton", "norm": "torch (RuntimeError: no ptxas)"}
     monkeypatch.setattr(backends, "triton_available", lambda: False)
     assert picks()["rotary"] == "torch (Triton is not installed)"
+    assert set(picks("cpu").values()) == {"torch"}
+    with prefer("triton"):
+        assert set(picks("cpu").values()) == {"triton (preferred)"}

@@ -6,7 +6,7 @@ from kernel_device import DEVICE
 from kernel_errors import DTYPES, HALVES, ROUNDS_BFLOAT16, Fences, allowed, error, steps_apart
 from torch import Tensor
 
-from plm_kernels import add_layer_norm, add_rms_norm, layer_norm, reference, rms_norm
+from plm_kernels import add_layer_norm, add_rms_norm, backends, layer_norm, reference, rms_norm
 
 pytest.importorskip("triton")
 
@@ -96,6 +96,23 @@ def test_rows_in_any_layout() -> None:
     assert torch.equal(rms_norm(one, weight, EPS, backend="triton")[4], rms_norm(x, weight, EPS, backend="triton")[0])
     widened = layer_norm(x, weight.double(), bias.double(), EPS, backend="triton")
     torch.testing.assert_close(widened, layer_norm(x, weight, bias, EPS, backend="triton"))
+
+
+def test_what_does_not_fit_is_pytorchs() -> None:
+    """Regression: rows that are no matrix marked the kernel as broken for the whole process. Also a wider, a shorter
+    and a foreign second tensor, whole numbers, and a weight of another length, which PyTorch refuses."""
+    x, delta, weight, bias = inputs(6, 7, torch.float32)
+    cube = x.view(2, 3, 7)
+    for backend in ("auto", "triton"):
+        found = layer_norm(cube, weight, bias, EPS, delta=delta.reshape(2, 3, 7), backend=backend)
+        assert torch.equal(found, layer_norm(cube, weight, bias, EPS, delta=delta.reshape(2, 3, 7), backend="torch"))
+        assert rms_norm(cube, weight, EPS, backend=backend).shape == (2, 3, 7)
+        assert add_rms_norm(x, delta.double(), weight.double(), EPS, backend=backend)[1].dtype == torch.float64
+        assert add_layer_norm(x, delta[:1], weight, bias, EPS, backend=backend)[0].shape == (6, 7)
+        for wrong in (weight[:3], torch.ones(7, device="meta")):
+            with pytest.raises((RuntimeError, ValueError)):
+                add_layer_norm(x, delta.to(wrong.device), wrong, bias, EPS, backend=backend)
+    assert "norm" not in backends.broken()
 
 
 @pytest.mark.parametrize("shape", [(1, 320), (5, 480), (9, 7)], ids=str)

@@ -6,7 +6,7 @@ from kernel_device import DEVICE
 from kernel_errors import DTYPES, HALVES, ROUNDS_BFLOAT16, allowed, error
 from torch import Tensor
 
-from plm_kernels import Turns, reference, rotate_half_, rotate_pairs_
+from plm_kernels import Turns, backends, reference, rotate_half_, rotate_pairs_
 
 pytest.importorskip("triton")
 
@@ -113,6 +113,21 @@ def test_nothing_is_written_beyond_the_tokens(size: tuple[int, int, int, int]) -
     assert not changed[tokens.stop :].any()
     assert torch.equal(qvk[:, 1], given[:, 1])
     assert torch.equal(qvk[..., 2 * size[3] :], given[..., 2 * size[3] :])
+
+
+def test_what_does_not_fit_is_pytorchs() -> None:
+    """Turns of other tokens or of wider heads, which PyTorch refuses, and keys in another dtype than the queries."""
+    qkv, turns, _ = inputs(7, 3, 24, 12, torch.float32)
+    fewer = Turns(turns.cos[:5], turns.sin[:5])
+    for backend in ("auto", "triton"):
+        with pytest.raises(RuntimeError):
+            rotate_half_(qkv[:, :2].clone(), fewer, 1.0, backend=backend)
+        with pytest.raises(RuntimeError):
+            rotate_half_(qkv[:, :2, :, :16].clone(), turns, 1.0, backend=backend)
+        q, k = rotate_pairs_(qkv[:, 0].double(), qkv[:, 1].clone(), turns, backend=backend)
+        wanted = rotate_pairs_(qkv[:, 0].double(), qkv[:, 1].double(), turns, backend="torch")
+        assert torch.equal(q, wanted[0]) and torch.equal(k, wanted[1])
+    assert "rotary" not in backends.broken()
 
 
 def test_a_wrong_turn_is_told_from_a_right_one() -> None:

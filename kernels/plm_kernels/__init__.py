@@ -1,6 +1,6 @@
 """Kernels of plm: attention on packed sequences, rotary positions, packed weights, norms, gates. Imports only torch."""
 
-from plm_kernels.backends import Backend, prefer
+from plm_kernels.backends import Backend, KernelWarning, picks, prefer
 from plm_kernels.convolution import (
     LocalBlock,
     convolution,
@@ -16,7 +16,7 @@ from plm_kernels.invariance import batch_invariant, is_batch_invariant
 from plm_kernels.linear import ACTIVATIONS, Activation, linear, pack_rounded, pack_weight, packing_available
 from plm_kernels.matmul import product
 from plm_kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from plm_kernels.packed_attention import attention, attention_backends, runs
+from plm_kernels.packed_attention import attention, attention_backends, attention_choice, runs
 from plm_kernels.parts import attention_part, merge_parts, padded_keys
 from plm_kernels.reference import RelativeBias, attention_weights
 from plm_kernels.rotary import Turns, rotary_half, rotary_pairs, rotate_half_, rotate_pairs_
@@ -30,6 +30,7 @@ __all__ = [
     "Activation",
     "Backend",
     "Gate",
+    "KernelWarning",
     "LocalBlock",
     "RelativeBias",
     "Turns",
@@ -38,6 +39,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_backends",
+    "attention_choice",
     "attention_part",
     "attention_weights",
     "batch_invariant",
@@ -59,6 +61,7 @@ __all__ = [
     "packing_available",
     "padded_keys",
     "pair_norm",
+    "picks",
     "prefer",
     "product",
     "rms_norm",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 Backend = Literal["auto", "torch", "triton"]
+_BACKENDS = get_args(Backend)
 
 KERNELS: Mapping[str, str] = {
     "gate": "gates",
@@ -63,7 +64,7 @@ def prefer(backend: Backend) -> Iterator[None]:
 
 
 def _known(backend: Backend) -> Backend:
-    if backend not in get_args(Backend):
+    if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose 'auto', 'torch' or 'triton'")
     return backend
 
@@ -76,7 +77,10 @@ def preferred() -> Backend:
 @cache
 def triton_available() -> bool:
     """Whether Triton is installed. Nothing is imported for it."""
-    return find_spec("triton") is not None
+    try:
+        return find_spec("triton") is not None
+    except (ImportError, ValueError):  # a finder that forbids it, or half a module of that name
+        return False
 
 
 def interpreted() -> bool:
@@ -89,11 +93,19 @@ def broken() -> Mapping[str, str]:
     return _broken
 
 
-def serve(name: str, x: Tensor, backend: Backend, kernel: Callable[[], T], plain: Callable[[], T]) -> T:
+def serve(
+    name: str,
+    x: Tensor,
+    backend: Backend,
+    kernel: Callable[[], T],
+    plain: Callable[[], T],
+    fits: Callable[[], bool] = lambda: True,
+) -> T:
     """The result of ``kernel`` (Triton) or of ``plain`` (PyTorch), whichever ``backend`` asks for.
 
     "auto" is Triton for tensors on a CUDA device without gradients, where Triton is installed and this kernel has not
-    failed before, or what ``prefer`` says; what it must not do, because its inputs do not fit it, is decided before.
+    failed before, or what ``prefer`` says. Inputs for which ``fits`` says no are PyTorch's to compute or to refuse,
+    whatever was asked for: a wrong argument is no fault of a kernel. Nobody asks it where PyTorch serves anyway.
 
     Raises: ValueError for an unknown backend; whatever the kernel raises, if "triton" was asked for by name.
     """
@@ -103,8 +115,8 @@ def serve(name: str, x: Tensor, backend: Backend, kernel: Callable[[], T], plain
     if wanted == "torch":
         return plain()
     if wanted == "triton":
-        return kernel()
-    if not x.is_cuda or torch.is_grad_enabled() or name in _broken or not triton_available():
+        return kernel() if fits() else plain()
+    if not x.is_cuda or torch.is_grad_enabled() or name in _broken or not triton_available() or not fits():
         return plain()
     return attempt(name, kernel, plain)
 
@@ -122,8 +134,12 @@ def attempt(name: str, kernel: Callable[[], T], plain: Callable[[], T]) -> T:
         return plain()
 
 
-def picks() -> dict[str, str]:
-    """What "auto" means for each kernel on CUDA tensors in this process, in words."""
+def picks(device: str = "cuda") -> dict[str, str]:
+    """What "auto" means for each kernel on tensors of a device of this type in this process, in words."""
+    if (wanted := preferred()) != "auto":
+        return dict.fromkeys(KERNELS, f"{wanted} (preferred)")
+    if device != "cuda":
+        return dict.fromkeys(KERNELS, "torch")
     if not triton_available():
         return dict.fromkeys(KERNELS, "torch (Triton is not installed)")
     return {name: f"torch ({_broken[name]})" if name in _broken else _WHEN.get(name, "triton") for name in KERNELS}

@@ -1,7 +1,8 @@
 """Norms of rows, and of the sum of two rows: what stands between the layers of every family.
 
 A Triton kernel serves CUDA devices without gradients; it has none. It computes in float32 and rounds twice: the sum to
-the dtype of ``x``, before any statistics are taken of it, as PyTorch rounds it; and the norm.
+the dtype of ``x``, before any statistics are taken of it, as PyTorch rounds it; and the norm. What it does not take, as
+rows that are no matrix, is PyTorch's to compute or to refuse.
 
 Letters: n packed tokens, c channels.
 """
@@ -27,7 +28,14 @@ def layer_norm(
     def plain() -> Tensor:
         return F.layer_norm(x if delta is None else x + delta, weight.shape, weight, bias, eps)
 
-    return serve("norm", x, backend, lambda: _kernel(x, delta, weight, bias, eps, True, False)[1], plain)
+    return serve(
+        "norm",
+        x,
+        backend,
+        lambda: _kernel(x, delta, weight, bias, eps, True, False)[1],
+        plain,
+        lambda: _fits(x, delta, weight, bias),
+    )
 
 
 def add_layer_norm(
@@ -39,14 +47,26 @@ def add_layer_norm(
         total = x + delta
         return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
-    return serve("norm", x, backend, lambda: _kernel(x, delta, weight, bias, eps, True, True), plain)
+    return serve(
+        "norm",
+        x,
+        backend,
+        lambda: _kernel(x, delta, weight, bias, eps, True, True),
+        plain,
+        lambda: _fits(x, delta, weight, bias),
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
     """``weight * x / sqrt(mean(x ** 2) + eps)`` over the channels of ``[n, c]``; the mean in float32 at least."""
-    return serve(
-        "norm", x, backend, lambda: _kernel(x, None, weight, None, eps, False, False)[1], lambda: _rms(x, weight, eps)
-    )
+
+    def plain() -> Tensor:
+        return _rms(x, weight, eps)
+
+    def kernel() -> Tensor:
+        return _kernel(x, None, weight, None, eps, False, False)[1]
+
+    return serve("norm", x, backend, kernel, plain, lambda: _fits(x, None, weight, None))
 
 
 def add_rms_norm(
@@ -58,7 +78,26 @@ def add_rms_norm(
         total = x + delta
         return total, _rms(total, weight, eps)
 
-    return serve("norm", x, backend, lambda: _kernel(x, delta, weight, None, eps, False, True), plain)
+    return serve(
+        "norm",
+        x,
+        backend,
+        lambda: _kernel(x, delta, weight, None, eps, False, True),
+        plain,
+        lambda: _fits(x, delta, weight, None),
+    )
+
+
+def _fits(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel takes these: rows ``[n, c]``, to which nothing wider is added, all on one device."""
+    if x.dim() != 2 or not x.is_floating_point():
+        return False
+    if delta is not None and (delta.shape != x.shape or torch.promote_types(x.dtype, delta.dtype) != x.dtype):
+        return False
+    scales = [weight] if bias is None else [weight, bias]
+    if any(scale.shape != x.shape[1:] or not scale.is_floating_point() for scale in scales):
+        return False
+    return all(other.device == x.device for other in (*scales, x if delta is None else delta))
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,7 +105,7 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     scales each in one pass: with the multiplication by ``weight`` 0.6 times the time of ``F.rms_norm``, and the same
     roundings as the T5 of transformers.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) == 0:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) == 0 or x.dim() != 2:
         return F.rms_norm(x, weight.shape, weight, eps)
     precise = torch.promote_types(x.dtype, torch.float32)
     square = torch.linalg.vector_norm(x, dim=-1, dtype=precise).square_().div_(x.shape[-1])

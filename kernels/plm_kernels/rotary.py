@@ -98,7 +98,10 @@ def rotate_half_(qk: Tensor, turns: Turns, scale: float, *, backend: Backend = "
         q, k = qk.unbind(1)
         return rotary.rotate_(q, k, turns.cos, turns.sin, scale=scale, interleaved=False)
 
-    return serve("rotary", qk, backend, kernel, plain)
+    def fits() -> bool:
+        return qk.dim() == 4 and qk.shape[1] == 2 and _fits(qk, turns, whole=True)
+
+    return serve("rotary", qk, backend, kernel, plain, fits)
 
 
 def rotate_pairs_(q: Tensor, k: Tensor, turns: Turns, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -113,4 +116,18 @@ def rotate_pairs_(q: Tensor, k: Tensor, turns: Turns, *, backend: Backend = "aut
 
         return rotary.rotate_(q, k, turns.cos, turns.sin, scale=1.0, interleaved=True)
 
-    return serve("rotary", q, backend, kernel, plain)
+    def fits() -> bool:
+        alike = q.shape == k.shape and q.dtype == k.dtype and q.device == k.device
+        return q.dim() == 3 and alike and _fits(q, turns, whole=False)
+
+    return serve("rotary", q, backend, kernel, plain, fits)
+
+
+def _fits(x: Tensor, turns: Turns, *, whole: bool) -> bool:
+    """Whether the kernel takes x ``[n, ..., d]`` and these turns: one for each token, on its device, and no wider than
+    a head, or as wide if heads are turned ``whole``.
+    """
+    cos, sin, wide = turns.cos, turns.sin, 2 * turns.cos.shape[-1]
+    if not x.is_floating_point() or cos.shape[:-1] != (len(x), 1) or sin.shape != cos.shape:
+        return False
+    return cos.device == sin.device == x.device and (wide == x.shape[-1] if whole else wide <= x.shape[-1])
