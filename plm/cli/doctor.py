@@ -98,7 +98,8 @@ def cpu_dtypes() -> str:
 
     unit = bfloat16_unit() or "no instructions for it, so slower than float32"
     fastest = ", then ".join(fast_dtypes(torch.device("cpu")))
-    return f"float32 {packed(torch.float32)}; bfloat16 {packed(torch.bfloat16)}: {unit}; fastest: {fastest}"
+    how = f"float32 {packed(torch.float32)}; bfloat16 {packed(torch.bfloat16)}: {unit}"
+    return f"{how}; fastest: {fastest}; auto: float32"
 
 
 def packed_weights() -> bool:
@@ -120,11 +121,29 @@ def cuda() -> list[str]:
     return [f"{device.name} ({gigabytes(device.total_memory)})" for device in devices]
 
 
-def kernels() -> list[str]:
-    """What does the work of each kernel on CUDA."""
-    from plm_kernels.backends import picks
+def cuda_dtypes() -> str:
+    import torch
 
-    return [f"{name}: {pick}" for name, pick in picks().items()]
+    from plm.placement import fast_dtypes
+
+    if not torch.cuda.is_available():
+        return "none: no CUDA device"
+    return f"fastest: {', then '.join(fast_dtypes(torch.device('cuda')))}; auto: bfloat16"
+
+
+def kernels() -> list[str] | str:
+    """What does the work of each kernel on CUDA."""
+    import torch
+
+    from plm_kernels import attention_choice, picks
+
+    if not torch.cuda.is_available():
+        return "none: no CUDA device"
+    found = picks()
+    biased, plain = (attention_choice("cuda", torch.bfloat16, 64, bias=bias) for bias in (True, False))
+    if plain != biased:
+        found["attention"] = f"{found['attention']} with a bias or in float32, else torch's {plain}"
+    return [f"{name}: {pick}" for name, pick in found.items()]
 
 
 def encoder_graphs() -> str:
@@ -214,6 +233,7 @@ PROBES: dict[str, Callable[[], object]] = {
     "packed weights (oneDNN)": packed_weights,
     "cpu dtypes": cpu_dtypes,
     "cuda": cuda,
+    "cuda dtypes": cuda_dtypes,
     "varlen attention in torch": varlen,
     "kernels on the gpu": kernels,
     "encoder graphs": encoder_graphs,
