@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "plm.loading": ("LicenceNotice", "Model", "available", "load"),
+    "plm.loading": ("LicenceNotice", "Model", "SpeedNotice", "available", "load"),
+    "plm.recording": ("GraphWarning",),
     "plm.processor": ("threads",),
     "plm.packing": ("Packed",),
     "plm.embedding": ("embed",),
@@ -27,6 +28,7 @@ _HOMES = {
     "plm.conversion": ("convert",),
     "plm.verification": ("Report", "verify"),
     "plm.sequences": ("InputError",),
+    "plm_kernels.backends": ("KernelWarning",),
     "plm_weights.errors": ("CheckpointError", "DownloadError", "KeyMapError", "UnknownModelError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -34,7 +36,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CheckpointError",
     "DownloadError",
+    "GraphWarning",
     "InputError",
+    "KernelWarning",
     "KeyMapError",
     "LicenceNotice",
     "Model",
@@ -43,6 +47,7 @@ __all__ = [
     "Report",
     "Sample",
     "Score",
+    "SpeedNotice",
     "Structure",
     "Terms",
     "UnknownModelError",
@@ -69,15 +74,17 @@ if TYPE_CHECKING:
     from plm.embedding import embed
     from plm.folding import fold
     from plm.generation import Piece, Sample, generate, stream
-    from plm.loading import LicenceNotice, Model, available, load
+    from plm.loading import LicenceNotice, Model, SpeedNotice, available, load
     from plm.packing import Packed
     from plm.processor import threads
+    from plm.recording import GraphWarning
     from plm.scoring import Score, score
     from plm.sequences import InputError
     from plm.structures import Structure
     from plm.terms import Terms, read_terms
     from plm.variant_effects import variants
     from plm.verification import Report, verify
+    from plm_kernels.backends import KernelWarning
     from plm_weights.errors import CheckpointError, DownloadError, KeyMapError, UnknownModelError
 
 

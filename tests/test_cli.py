@@ -265,6 +265,47 @@ def test_doctor(run: Plm) -> None:
     assert not [value for value in found.values() if "unknown" in str(value)]
 
 
+def test_doctor_without_a_gpu(run: Plm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = json.loads(run("doctor", "--json").out)
+    assert {found[name] for name in ("cuda dtypes", "kernels on the gpu", "encoder graphs")} == {"none: no CUDA device"}
+    assert found["cpu dtypes"].endswith("; auto: float32")
+
+
+def test_doctor_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision without a bias is torch's, whatever Triton has."""
+    doctor = sys.modules["plm.cli.doctor"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("plm_kernels.backends.triton_available", lambda: True)
+    for varlen, wanted in ((True, "triton with a bias or in float32, else torch's varlen"), (False, "triton")):
+        monkeypatch.setattr("plm_kernels.packed_attention.varlen_available", lambda varlen=varlen: varlen)
+        assert f"attention: {wanted}" in doctor.kernels()
+    assert doctor.cuda_dtypes() == "fastest: bfloat16, then float32-bfloat16, then float32; auto: bfloat16"
+
+
+@pytest.mark.parametrize("category", [plm.KernelWarning, plm.GraphWarning])
+def test_warnings_of_the_library_are_notes(category: type[Warning], run: Plm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: they came with file, line and code, also under --quiet. Those of others are shown as ever."""
+    inner = plm.models.esm.ESM.embed_tokens
+
+    def warned(*arguments: object) -> object:
+        warnings.warn("no ptxas", category, 2)
+        return inner(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("plm.models.esm.ESM.embed_tokens", warned)
+    command = ("embed", "MKT", "-m", ESM2, "--pool", "mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = run(*command)
+        assert code == 0 and err.count("Note: no ptxas\n") == 1 and category.__name__ not in err
+        code, _, err = run(*command, "--quiet")
+        assert code == 0 and err == ""
+    category = UserWarning
+    with pytest.warns(UserWarning, match="no ptxas"):
+        assert "no ptxas" not in run(*command).err
+
+
 def test_doctor_never_fails(run: Plm, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked when something is broken: here every probe is."""
     doctor = sys.modules["plm.cli.doctor"]

@@ -70,9 +70,10 @@ ALLOWED: dict[str, set[str]] = {
     "plm.processor": {"torch"},
     "plm.placement": {"torch", "plm.families", "plm.processor"},
     "plm.invariance": {"torch", "plm_kernels"},
+    "plm.origins": {"plm_weights"},
     "plm.loading": {
-        *("torch", "plm_weights", "plm.families", "plm.placement", "plm.processor", "plm.encoder_graphs"),
-        *("plm.invariance", "plm.graphs", "plm.recording"),
+        *("torch", "plm_weights", "plm_kernels", "plm.families", "plm.models", "plm.placement", "plm.processor"),
+        *("plm.origins", "plm.encoder_graphs", "plm.invariance", "plm.graphs", "plm.recording"),
         *BASICS,
     },
     "plm.previews": {"torch", "plm_weights", "plm.families", "plm.loading"},
@@ -91,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
     "plm.report": {"numpy", "plm.plots"},
     "plm.cli": {"click", "tqdm", "torch", "huggingface_hub", "plm_weights", "plm_kernels", "plm"},
     "plm.__main__": {"plm.cli"},
-    "plm": {"torch", "plm_weights", "plm.loading", "plm.models", "plm.esmfold", *BASICS, *VERBS, *FILES},
+    "plm": {"torch", "plm_kernels", "plm_weights", "plm.loading", "plm.models", "plm.esmfold", *BASICS, *VERBS, *FILES},
 }
 
 

@@ -20,6 +20,7 @@ from plm.cli.embed import embed
 from plm.cli.errors import Code, code_of, message_of
 from plm.cli.fold import fold
 from plm.cli.generate import generate
+from plm.cli.loading import warnings_as_notes
 from plm.cli.models import models
 from plm.cli.score import score
 from plm.cli.variants import variants
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What a batch system sends before it kills: clean up as after Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with cli.make_context("plm", list(sys.argv[1:] if argv is None else argv)) as context:
+        with warnings_as_notes(), cli.make_context("plm", list(sys.argv[1:] if argv is None else argv)) as context:
             return int(cli.invoke(context))
     except click.exceptions.Exit as finished:  # --help and --version
         return finished.exit_code

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -45,6 +45,29 @@ def while_loading(dtype: str, quiet: bool) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         elif not quiet:
             note(str(warning.message))
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """A scope in which what the library warns of is a note, or nothing in a ``--quiet`` command."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if category.__module__.partition(".")[0] not in ("plm", "plm_kernels"):
+                others(message, category, filename, lineno, file, line)
+            elif not ((context := click.get_current_context(silent=True)) and context.params.get("quiet")):
+                note(str(message))
+
+        warnings.showwarning = show
+        yield
 
 
 def note(text: str) -> None:
