@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from plm.layers import Linear, unchanged
 from plm.models.bert import BERT
 from plm.models.esm import ESM
 from plm.models.progen2 import ProGen2
@@ -97,6 +98,7 @@ class Graphs:
         self.limit: int | None = None
         self.broken: str | None = None
         self.weights: Weights | None = None
+        self.seen: tuple[object, nn.Module] | None = None  # of whom, and in which scope of ``weights_unchanged``
         self.able = False
         self.clear()
 
@@ -131,12 +133,14 @@ class Graphs:
 
     def ready(self, net: Encoder, batch: Packed) -> bool:
         """Whether there is a place to compute in; what other weights were recorded with is forgotten first."""
-        weights = weights_of(net)
-        if weights != self.weights:
-            self.clear()
-            self.weights, self.able, self.limit = weights, recordable(net), most_tokens(net)
+        if (scope := unchanged()) is None or self.seen != (scope, net):
+            self.seen = None if scope is None else (scope, net)
+            weights = weights_of(net)
+            if weights != self.weights:
+                self.clear()
+                self.weights, self.able, self.limit = weights, recordable(net), most_tokens(net)
         assert self.limit is not None
-        if weights is None or not self.able or rounded_up(len(batch.tokens)) > self.limit:
+        if self.weights is None or not self.able or rounded_up(len(batch.tokens)) > self.limit:
             return False
         stream = torch.cuda.current_stream() if batch.tokens.is_cuda else None
         if self.record is None or self.stream != stream:
@@ -202,7 +206,9 @@ def most_tokens(net: nn.Module) -> int:
 
 def recordable(net: Encoder) -> bool:
     """Whether attention asks the device for nothing: the dense one for CUDA does."""
-    like = net.embed.weight.new_empty(0, net.config.heads, net.config.head_size)
+    narrower = (layer.products for layer in net.modules() if isinstance(layer, Linear) and layer.products)
+    dtype = next(narrower, net.embed.weight.dtype)  # that of queries, which layers of the blocks give
+    like = net.embed.weight.new_empty(0, net.config.heads, net.config.head_size, dtype=dtype)
     return choose_backend(like, RelativeBias(like.new_zeros(1, 1)) if isinstance(net, T5) else None) != "dense"
 
 

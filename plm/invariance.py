@@ -28,7 +28,8 @@ def why_not(family: str, device: torch.device, dtype: torch.dtype | str) -> str 
         return "a ProteinBERT convolves and attends with kernels that see the whole batch; leave it out"
     if device.type == "cpu":
         if dtype != torch.float32:
-            return f"on a CPU only float32 keeps it; in {name} the order of sums depends on the number of rows"
+            reason = f"on a CPU only float32 keeps it; in {name} the order of sums depends on the number of rows"
+            return f"{reason}; use dtype='float32'"
         return None if packing_available() else "this torch lacks oneDNN's packed products"
     if device.type != "cuda":
         return f"there are no kernels for {device.type}; use CUDA, or float32 on a CPU"

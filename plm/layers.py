@@ -41,6 +41,11 @@ def weights_unchanged(scope: object | None = None) -> Iterator[None]:
         _unchanged.reset(token)
 
 
+def unchanged() -> object | None:
+    """The scope in which nobody changes a weight; None outside of one."""
+    return _unchanged.get()
+
+
 @contextmanager
 def unpacked() -> Iterator[None]:
     """A scope in which no weight is packed, for networks so large that a second copy would not fit."""
@@ -129,7 +134,8 @@ class Linear(nn.Linear):
     Its weight may be kept in 8 bits (see ``plm_kernels.eight_bit``): then ``scale`` is there, and it only predicts.
 
     Or its products are in ``products``, a narrower dtype than that of its weight: input and weight are rounded to it,
-    sums and the bias are in float32, and the result is in it, as under torch's autocast. Gradients are the weight's.
+    sums are in float32, the bias in float32 where weights are packed, else rounded too, and the result is in it, as
+    under torch's autocast. Gradients are the weight's.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:

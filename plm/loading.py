@@ -1,12 +1,9 @@
 """From a name or a path to a model: find the files, prove the key map on headers, then read the weights."""
 
-import hashlib
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,10 +14,13 @@ from plm.families import BY_NAME, CONFIGURED, FAMILIES, Config, Family, Network
 from plm.graphs import Graphed
 from plm.invariance import check_promise
 from plm.layers import Linear
+from plm.models.t5 import T5
+from plm.origins import LicenceNotice, Notice, Origin, SpeedNotice, VocabularyNotice, WeightFile, origin
 from plm.placement import DTYPES, EIGHT_BIT, MIXED, Precision, choose_device, choose_precision, kept_in
 from plm.processor import bfloat16_unit
 from plm.recording import Lent
 from plm.tokens import Tokenizer, checked
+from plm_kernels import attention_choice, picks
 from plm_weights import (
     CheckpointError,
     DownloadError,
@@ -33,47 +33,13 @@ from plm_weights import (
 )
 from plm_weights.archives import is_archive, unpacked
 from plm_weights.esmfold_files import trunk_among
-from plm_weights.fetch import fetch, home, original_path, row_of, weight_files
+from plm_weights.fetch import fetch, home, row_of, weight_files
 from plm_weights.registry import CHECKPOINTS, Checkpoint, find
 from plm_weights.settings import read_object
 from plm_weights.vocabularies import published_vocabulary
 
 HEADS = ("lm_head", "annotation_head")  # linear layers that are never kept in 8 bits
 ORIGINAL = ("original:", "fair-esm:")  # before a name: the authors' own files, not the hub's
-UNKNOWN = "unknown: see where the files came from"
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One file that weights came from; its hash is computed when asked for."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @cached_property
-    def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model came from: what to cite, and what to write into every output."""
-
-    name: str
-    family: str
-    source: str
-    revision: str | None
-    files: tuple[WeightFile, ...] = field(repr=False)
-    licence: str
-    citation: str
-
-    def sha256(self) -> dict[str, str]:
-        """Hash of every weight file, by name."""
-        return {file.name: file.sha256 for file in self.files}
 
 
 @dataclass(frozen=True)
@@ -104,21 +70,15 @@ class Model:
         """The name that ``load`` takes for it."""
         return Precision(self.dtype, self.products, self.weights == EIGHT_BIT).name
 
-
-class Notice(UserWarning):
-    """Something that a user should know about what was loaded."""
-
-
-class LicenceNotice(Notice):
-    """These weights may not be used for every purpose."""
-
-
-class SpeedNotice(Notice):
-    """Another choice is faster on this machine."""
-
-
-class VocabularyNotice(Notice):
-    """Nobody told which token each id of this checkpoint is."""
+    @property
+    def backends(self) -> dict[str, str]:
+        """What does the work of each kernel on its device, those that its family does not use included, in words."""
+        found = picks(self.device.type)
+        if head_size := getattr(self.net.config, "head_size", None):
+            dtype = self.products or self.dtype
+            biased = isinstance(self.net, T5)
+            found["attention"] = attention_choice(self.device.type, dtype, head_size, bias=biased)
+        return found
 
 
 @dataclass(frozen=True)
@@ -205,17 +165,16 @@ def load(
             beside them); on CUDA it saves memory, not time. It rounds weights by about 0.8 % of their size, where
             bfloat16 rounds them by 0.2 %. "float32-bfloat16" (or "fp32-bf16") keeps parameters, the sum that runs
             through the layers, norms and heads in float32, and takes the products of the layers, and attention, in
-            bfloat16; what writes keeps its cache, and attends to it, in float32. Of an ESMFold "auto" is
-            float32 everywhere, and with float32 the layers of its language model stay in the half precision in which
-            they are stored, to be widened one by one; with bfloat16 its structure module and confidence stay in
-            float32.
+            bfloat16; what writes keeps its cache, and attends to it, in float32. Of an ESMFold "auto" is float32
+            everywhere, and with float32 the layers of its language model stay in the half precision in which they are
+            stored, to be widened one by one; with bfloat16 its structure module and confidence stay in float32.
         revision: commit or branch on the hub; a registry name brings its own.
         offline: use only what is already on this machine.
         batch_invariant: on CUDA, ``embed``, ``score`` and ``variants`` give a sequence the same bits alone or in any
-            batch (``contacts`` and what ``generate`` draws are as without). Its price there is not yet measured; there
-            must be one, as products have one tile for all numbers of rows, float32 is multiplied without tensor cores,
-            and ProGen2's variants are read whole. In float32 on a CPU it holds anyway, and costs nothing; the other
-            dtypes cannot have it there.
+            batch (``contacts`` and what ``generate`` draws are as without; beams are searched within its scope). Its
+            price there is not yet measured; there must be one, as products have one tile for all numbers of rows,
+            float32 is multiplied without tensor cores, and ProGen2's variants are read whole. In float32 on a CPU it
+            holds anyway, and costs nothing; the other dtypes cannot have it there.
 
     Warns:
         LicenceNotice: the weights may not be used commercially (Ankh).
@@ -245,7 +204,10 @@ def load(
             raise ValueError(f"dtype {refused} cannot be used: {why}. Choose bfloat16 or float32.")
     if batch_invariant:
         heads, head_size = (getattr(opened.config, name, 1) for name in ("heads", "head_size"))
-        check_promise(family.name, heads, head_size, at, DTYPES.get(precision.name, precision.name))
+        computed: torch.dtype | str = DTYPES.get(precision.name, precision.name)
+        if at.type == "cuda" and precision.products:
+            computed = precision.products  # attention's; what is in float32 beside it has its own kernels
+        check_promise(family.name, heads, head_size, at, computed)
     tokenizer = opened.tokenizer()
     if row is not None and row.pairs is False:
         tokenizer = replace(tokenizer, separator=None)
@@ -259,40 +221,14 @@ def load(
             f"no published T5 has {size} tokens, so Ankh's letters are assumed: {advice}", VocabularyNotice, 2
         )
     if at.type == "cpu" and precision.name in ("bfloat16", MIXED) and not bfloat16_unit():
-        advice = "float32 is the faster dtype here; bfloat16 halves memory"
+        saved = "" if precision.products else "; bfloat16 halves memory"
+        advice = f"float32 is the faster dtype here{saved}"
         warnings.warn(f"this CPU has no instructions for bfloat16: {advice}", SpeedNotice, 2)
     files = tuple(WeightFile(file) for file in opened.tensors.files)
     came = origin(path, row, family.name, revision, files)
     came = came if row or not notice else replace(came, licence=notice)
     weights = EIGHT_BIT if precision.eight_bit else ""
     return Model(net, tokenizer, came, weights, precision.products, batch_invariant)
-
-
-def origin(
-    path: Path, row: Checkpoint | None, family: str, revision: str | None, files: tuple[WeightFile, ...]
-) -> Origin:
-    """Where the files at ``path`` came from, as `locate` found them."""
-    if row is None:
-        return Origin(local_name(path), family, str(path), revision, files, UNKNOWN, UNKNOWN)
-    if row.originals and path == original_path(row):  # the authors' own, which have no revisions
-        source, revision = row.archive or row.originals[0].url, None
-    else:  # a snapshot of the hub is a folder named by its commit
-        source = row.hub
-        revision = path.name if re.fullmatch("[0-9a-f]{40}", path.name) else revision or row.revision
-    return Origin(row.name, family, source or row.name, revision, files, row.licence, row.citation)
-
-
-def local_name(path: Path) -> str:
-    """The name of a folder, or that of a file, unless it is what every such file is called."""
-    if path.is_dir():
-        whole = path.resolve()
-        of_keras = whole.name == "variables" and (whole / "variables.index").is_file()
-        return whole.parent.name if of_keras else whole.name
-    if path.name == "variables.index":  # of a SavedModel, in its folder of variables
-        return path.resolve().parents[1].name
-    if path.name.partition(".")[0] in ("model", "pytorch_model", "weights"):
-        return path.parent.resolve().name
-    return path.stem.removesuffix(".tar")
 
 
 def build(opened: Opened, device: torch.device, precision: Precision) -> Network:
@@ -411,4 +347,17 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
-__all__ = ["CheckpointError", "DownloadError", "Model", "UnknownModelError", "available", "load"]
+__all__ = [
+    "CheckpointError",
+    "DownloadError",
+    "LicenceNotice",
+    "Model",
+    "Notice",
+    "Origin",
+    "SpeedNotice",
+    "UnknownModelError",
+    "VocabularyNotice",
+    "WeightFile",
+    "available",
+    "load",
+]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from plm.esmfold.model import ESMFold
+from plm.layers import weights_unchanged
 from plm.loading import Model, is_finite
 from plm.models.proteinbert import ProteinBERT
 from plm.packing import Packed, batches
@@ -251,14 +252,16 @@ def check_finite(model: Model, i: int, result: Tensor) -> None:
 def halved(model: Model, groups: Iterable[list[int]], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
     """(group, what ``work`` makes of it) for every group; one that does not fit into memory is halved until it does.
 
+    Nobody is to change a weight before the last group is through: each is looked at once.
+
     Raises: MemoryError if a single member does not fit.
     """
-    pending = list(groups)
+    pending, scope = list(groups), object()
     pending.reverse()
     while pending:
         group = pending.pop()
         try:
-            with batch_invariant(model.batch_invariant):
+            with batch_invariant(model.batch_invariant), weights_unchanged(scope):
                 result = work(group)
         except RuntimeError as error:
             if not out_of_memory(error):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import plm
 from plm_kernels import backends
 from plm_kernels.backends import KernelWarning, attempt, picks, prefer, serve
 
@@ -158,3 +159,21 @@ def test_picks_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(picks("cpu").values()) == {"torch"}
     with prefer("triton"):
         assert set(picks("cpu").values()) == {"triton (preferred)"}
+
+
+@torch.inference_mode()
+def test_a_model_says_what_it_runs_on() -> None:
+    model = plm.load("plm-mini", device="cpu")
+    assert model.backends == dict.fromkeys(backends.KERNELS, "torch") | {"attention": "segments"}
+    with prefer("triton"):
+        assert set(model.backends.values()) == {"triton (preferred)", "triton"}
+
+
+def test_what_a_model_on_cuda_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by the dtype of its products: what torch has for halves, Triton for float32."""
+    monkeypatch.setattr(backends, "triton_available", lambda: True)
+    monkeypatch.setattr("plm_kernels.packed_attention.varlen_available", lambda: True)
+    monkeypatch.setattr(plm.Model, "device", torch.device("cuda"))
+    for dtype, wanted in (("float32", "triton"), ("bfloat16", "varlen"), ("fp32-bf16", "varlen"), ("float64", "dense")):
+        found = plm.load("plm-mini", device="cpu", dtype=dtype).backends
+        assert found["attention"] == wanted and found["norm"] == "triton"

@@ -19,10 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import plm
 from plm import encoder_graphs
-from plm.encoder_graphs import KEPT, LARGEST, Graphs, OnDevice, bucket_of, graphs_off, most_tokens, rounded_up
+from plm.encoder_graphs import (
+    KEPT,
+    LARGEST,
+    Graphs,
+    OnDevice,
+    bucket_of,
+    graphs_off,
+    most_tokens,
+    recordable,
+    rounded_up,
+)
+from plm.layers import weights_unchanged
 from plm.models import bert, esm, progen2, t5
 from plm.packing import Packed
-from plm.recording import GraphWarning
+from plm.recording import GraphWarning, Weights, weights_of
 from plm_kernels import batch_invariant
 
 LENGTHS = ((3, 17, 1, 30), (38,), (1,), (5, 5, 5), (16,), (2, 38, 38, 38, 7, 1, 1, 1))
@@ -111,6 +122,55 @@ def test_a_bit_of_rounding_does_not_depend_on_what_was_asked_before() -> None:
     model = replace(igbert(), graphs=Graphs(Repeated()))
     found = [model.graphs.hidden(model.net, batch_of((30, 7))) for _ in range(3)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@torch.inference_mode()
+def test_weights_that_nobody_changes_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a scope; not outside of one, nor for another network."""
+    looked: list[object] = []
+
+    def look(net: torch.nn.Module) -> Weights | None:
+        looked.append(net)
+        return weights_of(net)
+
+    monkeypatch.setattr(encoder_graphs, "weights_of", look)
+    model, batch = replace(igbert(), graphs=Graphs(Repeated())), batch_of((30, 7))
+    other = copy.deepcopy(model.net)
+    other.embed.weight.mul_(2)
+
+    def close(net: torch.nn.Module = model.net) -> None:
+        found = model.graphs.hidden(net, batch)
+        torch.testing.assert_close(found, net.encode(batch).hidden, rtol=0, atol=1e-5)  # type: ignore[operator]
+
+    for _ in range(2):
+        with weights_unchanged():
+            for _ in range(3):
+                close()
+    assert looked == [model.net] * 2
+    close()
+    close()
+    assert looked == [model.net] * 4
+    with weights_unchanged():
+        close()
+        close(other)
+        close()
+    assert looked[4:] == [model.net, other, model.net]
+    looked.clear()
+    plm.embed(model, ["MKTAYIAKQR"] * 4, max_tokens=12)
+    assert len(looked) == 1, "of four batches"
+
+
+def test_what_attention_is_in_decides_whether_it_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With products in bfloat16 that is it, whatever the embedding is in."""
+    asked = []
+
+    def choose(q: Tensor, bias: object) -> str:
+        asked.append(q.dtype)
+        return "varlen" if q.dtype == torch.bfloat16 else "dense"
+
+    monkeypatch.setattr(encoder_graphs, "choose_backend", choose)
+    found = [recordable(plm.load("plm-mini", device="cpu", dtype=dtype).net) for dtype in ("float32", "fp32-bf16")]
+    assert found == [False, True] and asked == [torch.float32, torch.bfloat16]
 
 
 def test_buckets() -> None:

@@ -73,8 +73,24 @@ def test_loading_asks_first() -> None:
     assert plm.load("plm-mini", device="cpu", batch_invariant=True).batch_invariant
     assert not plm.load("plm-mini", device="cpu").batch_invariant
     for dtype in ("bfloat16", "float64", "int8"):
-        with pytest.raises(ValueError, match=f"cannot be promised: on a CPU only float32 keeps it; in {dtype}"):
+        with pytest.raises(ValueError, match=f"cannot be promised: on a CPU only float32 keeps it; in {dtype} .* use "):
             plm.load("plm-mini", device="cpu", dtype=dtype, batch_invariant=True)
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", torch.bfloat16), ("cpu", "float32-bfloat16")])
+def test_what_is_asked_of_products_in_bfloat16(device: str, asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: on CUDA they were refused by their name, though bfloat16 and float32 both keep the promise there."""
+    found = []
+
+    def check(*arguments: object) -> None:
+        found.append(arguments[-1])
+        raise ValueError("seen")
+
+    monkeypatch.setattr("plm.loading.choose_device", lambda _: torch.device(device))
+    monkeypatch.setattr("plm.loading.check_promise", check)
+    with pytest.raises(ValueError, match="seen"):
+        plm.load("plm-mini", dtype="fp32-bf16", batch_invariant=True)
+    assert found == [asked]
 
 
 @pytest.mark.parametrize("name", ["esm", "bert", "progen2"])
@@ -176,7 +192,7 @@ def test_which_attention_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_attention, "varlen_parameters", lambda: {"scale", "window_size", "num_splits"})
     assert packed_attention.invariant_backend(q, None) == "varlen"
     with pytest.raises(ValueError, match=r"no batch-invariant attention in torch.bfloat16 with a bias here"):
-        packed_attention.invariant_backend(q.new_empty(1, 2, 264), bias)
+        packed_attention.invariant_backend(q.new_empty(1, 2, packed_attention.LARGEST_HEAD + 1), bias)
     assert packed_attention.invariant_backend(q, bias) == "triton"
     monkeypatch.setattr(packed_attention, "varlen_parameters", lambda: {"scale", "window_size"})
     assert packed_attention.invariant_backend(q, None) == "triton"
