@@ -49,8 +49,16 @@ def served(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """From here on every call that has an element-wise kernel is served by it; the names of those that were."""
     names: set[str] = set()
 
-    def serve(name: str, x: Tensor, backend: str, kernel: Callable[[], Any], plain: Callable[[], Any]) -> Any:
+    def serve(
+        name: str,
+        x: Tensor,
+        backend: str,
+        kernel: Callable[[], Any],
+        plain: Callable[[], Any],
+        fits: Callable[[], bool] = lambda: True,
+    ) -> Any:
         names.add(name)
+        assert fits()
         return kernel()
 
     for module in (plm_kernels.norms, plm_kernels.rotary, plm_kernels.gates):
