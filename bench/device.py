@@ -3,7 +3,7 @@
     python bench/device.py                                # on a CUDA device, everything, into bench/results/device
     python bench/device.py --output FOLDER                # or there
     python bench/device.py --only parity suite            # some phases
-    python bench/device.py --only suite --workloads rest  # what of the suite does not fit beside the others
+    python bench/device.py --only suite --workloads rest --output OTHER   # what of the suite does not fit beside it
     python bench/device.py --device cpu --quick           # a rehearsal: kernels interpreted, tiny sizes
 
 The phases, each in a process of its own with a share of the time:

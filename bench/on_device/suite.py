@@ -121,7 +121,9 @@ def run(job: Job) -> None:
     settings = Settings(device=device, quick=job.quick, rounds=1 if job.quick else None)
     chosen, left_out = asked(job.workloads)
     for entry in left_out:
-        job.tell("missing", entry.workload.name, why="needs a call of its own: --only suite --workloads rest")
+        job.tell(
+            "missing", entry.workload.name, why="needs a call of its own: --only suite --workloads rest --output OTHER"
+        )
     for word in unknown(job.workloads):
         job.tell("check", f"--workloads {word}", ok=False, error=f"no workload has this word: {', '.join(names())}")
     for entry in chosen:
