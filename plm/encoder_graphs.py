@@ -142,7 +142,7 @@ class Graphs:
         assert self.limit is not None
         if self.weights is None or not self.able or rounded_up(len(batch.tokens)) > self.limit:
             return False
-        stream = torch.cuda.current_stream() if batch.tokens.is_cuda else None
+        stream = torch.cuda.current_stream(batch.tokens.device) if batch.tokens.is_cuda else None
         if self.record is None or self.stream != stream:
             if self.passes:
                 return False  # another stream's work might run beside a graph
@@ -165,7 +165,8 @@ class Graphs:
         if known and found is None:
             try:
                 assert self.record is not None
-                found = self.record(work)
+                with torch.cuda.device_of(batch.tokens):  # the current one is what is recorded
+                    found = self.record(work)
             except torch.OutOfMemoryError:
                 self.clear()
                 return net.encode(batch, layer=layer).hidden

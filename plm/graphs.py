@@ -175,7 +175,8 @@ class Graphed:
         rows = min(1 << (len(tokens) - 1).bit_length(), len(state.lengths))
         width = min(-(-(max(state.known) + 1) // TOKENS) * TOKENS, state.keys.shape[3])
         if (rows, width) not in self.steps:
-            self.steps[rows, width] = self.recorded(state, rows, width)
+            with torch.cuda.device_of(state.lengths):  # the current one is what is recorded
+                self.steps[rows, width] = self.recorded(state, rows, width)
         step = self.steps[rows, width]
         step.tokens[: len(tokens)] = tokens
         step.run()

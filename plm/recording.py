@@ -4,6 +4,7 @@ A graph repeats what was recorded on the tensors that were there, so it holds as
 """
 
 from collections.abc import Callable
+from functools import cache
 from threading import Lock
 from typing import Generic, Self, TypeVar
 
@@ -16,6 +17,7 @@ Weights = list[tuple[int, int]]
 
 
 T = TypeVar("T")
+ONE_AT_A_TIME = Lock()  # captures of this process: libraries under them count on it
 
 
 class GraphWarning(UserWarning):
@@ -23,14 +25,34 @@ class GraphWarning(UserWarning):
 
 
 def cuda_graphs() -> Record:
-    """What makes CUDA graphs of work; those that one call makes share their memory, so none may run beside another."""
+    """What makes CUDA graphs of work; those that one call makes share their memory, so none may run beside another.
+
+    Work is recorded on the current device, which must be the one that it runs on. It raises what the work raises.
+    """
     pool = torch.cuda.graph_pool_handle()
 
+    @cache
+    def stream_on(device: int) -> torch.cuda.Stream:
+        """torch's own default is one stream, on the device that recorded first in the process: elsewhere a graph of
+        it stays empty."""
+        return torch.cuda.Stream(device)
+
     def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream, failed = torch.cuda.CUDAGraph(), stream_on(torch.cuda.current_device()), None
+        # torch leaves the capturing stream in place where a capture cannot be begun or ended; the outer scope does not.
         # "thread_local": what other threads ask of their devices meanwhile does not spoil it.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = work()
+        with ONE_AT_A_TIME, torch.cuda.stream(stream):
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    try:
+                        result = work()
+                    except BaseException as error:
+                        failed = error
+                        raise
+            except Exception:
+                if failed is not None:  # a capture that ends in disorder raises as well, and would hide the reason
+                    raise failed from None
+                raise
         return result, graph.replay
 
     return record
