@@ -1,5 +1,6 @@
 """Which implementation serves a call, and what happens where a kernel does not work."""
 
+import ast
 import sys
 import warnings
 from pathlib import Path
@@ -138,6 +139,23 @@ def test_triton_that_cannot_be_looked_for(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_kernel_has_its_module() -> None:
     folder = Path(backends.__file__).parent / "gpu"
     assert all((folder / f"{module}.py").is_file() for module in backends.KERNELS.values())
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors() -> None:
+    """Triton takes the current device, which need not be theirs."""
+    launched = 0
+    for path in (Path(backends.__file__).parent / "gpu").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        guarded = {
+            inner
+            for outer in ast.walk(tree)
+            if isinstance(outer, ast.With) and ast.unparse(outer.items[0]).startswith("torch.cuda.device_of(")
+            for inner in ast.walk(outer)
+        }
+        launches = [x for x in ast.walk(tree) if isinstance(x, ast.Call) and isinstance(x.func, ast.Subscript)]
+        launched += len(launches)
+        assert all(x in guarded for x in launches), path.name
+    assert launched == 12
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_kernel() -> None:

@@ -4,7 +4,6 @@ Exponentials are powers of two: ``log2(e)`` is multiplied in, and the logarithms
 have base 2. Letters: n packed tokens, b sequences, h heads, d head size, D reach of the bias.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +113,5 @@ def unit(*tensors: Tensor) -> int:
 
 def launch(kernel: Any, programs: tuple[int, int], size: Tiles, *arguments: Any, **constants: int) -> None:
     """Run a kernel on the device where its tensors are, which need not be the current one."""
-    device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device_of(arguments[0]):
         kernel[programs](*arguments, **constants, num_warps=size.warps, num_stages=size.stages)

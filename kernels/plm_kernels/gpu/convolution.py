@@ -156,11 +156,12 @@ def local_block(x: Tensor, added: Tensor, weights: Any, keep: Tensor | None) -> 
     grid = (b * triton.cdiv(t, plan.rows),)
     sizes = {"C": c, "ROWS": plan.rows, "COLUMNS": columns, "DEPTH": min(plan.depth, columns)}
     threads = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    local_block_kernel[grid](
-        x, added.contiguous(), x if keep is None else keep.contiguous().view(torch.uint8), *parts, mid, out,
-        t, weights.eps1, weights.eps2, NARROW=len(weights.narrow), WIDE=len(weights.wide), DILATION=weights.dilation,
-        MASKED=keep is not None, FUSED=plan.fused, **sizes, **threads,
-    )  # fmt: skip
-    if not plan.fused:
-        dense_block_kernel[grid](mid, *parts[6:], out, t, weights.eps2, **sizes, **threads)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        local_block_kernel[grid](
+            x, added.contiguous(), x if keep is None else keep.contiguous().view(torch.uint8), *parts, mid, out,
+            t, weights.eps1, weights.eps2, NARROW=len(weights.narrow), WIDE=len(weights.wide),
+            DILATION=weights.dilation, MASKED=keep is not None, FUSED=plan.fused, **sizes, **threads,
+        )  # fmt: skip
+        if not plan.fused:
+            dense_block_kernel[grid](mid, *parts[6:], out, t, weights.eps2, **sizes, **threads)
     return mid, out

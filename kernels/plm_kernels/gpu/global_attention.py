@@ -72,10 +72,11 @@ def global_attention(
     mixed = q.new_empty(b, h, v.shape[-1])
     logits = q.new_empty((b, h, t) if weights else (1,), dtype=torch.float32)
     keys, values = (max(16, triton.next_power_of_2(size)) for size in (d, v.shape[-1]))
-    global_attention_kernel[(b * h,)](
-        q, k, v, q if keep is None else keep.contiguous().view(torch.uint8), mixed, logits, h, t,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], scale, LOWEST,
-        D=d, E=v.shape[-1], MASKED=keep is not None, LOGITS=weights,
-        ROWS=min(64, TILE // max(keys, values)), KEYS=keys, VALUES=values, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        global_attention_kernel[(b * h,)](
+            q, k, v, q if keep is None else keep.contiguous().view(torch.uint8), mixed, logits, h, t,
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], scale, LOWEST,
+            D=d, E=v.shape[-1], MASKED=keep is not None, LOGITS=weights,
+            ROWS=min(64, TILE // max(keys, values)), KEYS=keys, VALUES=values, num_warps=8,
+        )  # fmt: skip
     return mixed, logits.softmax(-1).to(q.dtype) if weights else None

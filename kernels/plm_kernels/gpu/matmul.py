@@ -113,23 +113,24 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
         return y
     tile = tiles(outputs, x.dtype)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)
-    product_kernel[grid](
-        x,
-        weight,
-        weight if bias is None else bias,
-        y,
-        rows,
-        outputs,
-        x.stride(0),
-        weight.stride(0),
-        K=inputs,
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation,
-        BM=tile.rows,
-        BN=tile.outputs,
-        BK=tile.depth,
-        GROUP=8,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        product_kernel[grid](
+            x,
+            weight,
+            weight if bias is None else bias,
+            y,
+            rows,
+            outputs,
+            x.stride(0),
+            weight.stride(0),
+            K=inputs,
+            HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
+            BM=tile.rows,
+            BN=tile.outputs,
+            BK=tile.depth,
+            GROUP=8,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return y
