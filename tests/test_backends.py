@@ -167,6 +167,22 @@ def test_memory_that_runs_out_is_no_fault_of_the_kernel() -> None:
     assert not backends.broken()
 
 
+def test_nor_is_what_triton_says_of_it() -> None:
+    """Its launcher knows no class of its own; a program that asks for more than an SM has never runs, however."""
+
+    def greedy() -> str:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    def too_large() -> str:
+        raise RuntimeError("out of resource: shared memory, Required: 240000, Hardware limit: 101376.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="Triton Error"):
+        attempt("rotary", greedy, plain)
+    assert not backends.broken()
+    with pytest.warns(KernelWarning, match="out of resource"):
+        assert attempt("rotary", too_large, plain) == "torch"
+
+
 def test_picks_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "KERNELS", {"rotary": "rotary", "norm": "norms"})
     monkeypatch.setattr(backends, "_broken", {"norm": "RuntimeError: no ptxas"})

@@ -40,7 +40,7 @@ _WHEN = {"matmul": "torch (triton in a batch_invariant scope)"}
 
 
 class KernelWarning(UserWarning):
-    """A Triton kernel does not work here, and PyTorch does its work."""
+    """A kernel does not work here, and another, or plain PyTorch, does its work."""
 
 
 _broken: dict[str, str] = {}
@@ -121,16 +121,24 @@ def serve(
     return attempt(name, kernel, plain)
 
 
-def attempt(name: str, kernel: Callable[[], T], plain: Callable[[], T]) -> T:
-    """``kernel()``; if it fails for another reason than memory, a warning, and ``plain()`` now and from now on."""
+def attempt(name: str, kernel: Callable[[], T], plain: Callable[[], T], told: str | None = None) -> T:
+    """``kernel()``; if it fails for another reason than memory, a warning, and ``plain()`` now and from now on.
+
+    ``told``: how the warning begins, where this is no Triton kernel.
+    Raises: torch.OutOfMemoryError, also for what Triton's launcher says in a RuntimeError. More shared memory than the
+        device has ("out of resource") is another matter: that kernel never runs.
+    """
     try:
         return kernel()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail with errors of many classes
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         _broken[name] = reason
-        warnings.warn(f"the Triton kernel {name!r} does not work here, PyTorch is used: {reason}", KernelWarning, 3)
+        told = told or f"the Triton kernel {name!r} does not work here, PyTorch is used"
+        warnings.warn(f"{told}: {reason}", KernelWarning, 3)
         return plain()
 
 
