@@ -255,6 +255,11 @@ def test_what_auto_means_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         assert attention_choice("cpu", torch.float32, 64, bias=False) == on_cuda(torch.float16, False) == "triton"
     monkeypatch.setattr(packed_attention, "varlen_available", lambda: False)
     assert on_cuda(torch.bfloat16, bias=False) == "triton"
+    monkeypatch.setattr(packed_attention, "varlen_available", lambda: True)
+    backends._broken["varlen"] = "RuntimeError"
+    assert on_cuda(torch.bfloat16, bias=False) == "triton"
+    with backends.prefer("torch"):
+        assert on_cuda(torch.bfloat16, bias=False) == "dense"
     backends._broken["attention backward"] = "RuntimeError"
     assert on_cuda(torch.bfloat16, bias=True) == "dense"
     with torch.no_grad():
@@ -291,6 +296,38 @@ def test_a_kernel_that_fails_costs_a_warning(monkeypatch: pytest.MonkeyPatch, ke
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
     with pytest.raises(RuntimeError, match="no ptxas"):
         case.run("triton")
+
+
+@pytest.mark.parametrize("prefer", ["auto", "torch"])
+def test_varlen_that_fails_costs_a_warning(monkeypatch: pytest.MonkeyPatch, prefer: backends.Backend) -> None:
+    """Then the Triton kernel does its work, or the dense backend where PyTorch is asked for: the same numbers."""
+    case = Case(16, torch.float32, None, lengths=(9, 2))
+    expected, used = case.run("reference"), []
+    choice = {"auto": "triton", "torch": "dense"}[prefer]
+
+    def choose(q: torch.Tensor, bias: RelativeBias | None) -> str:
+        return choice if "varlen" in backends.broken() else "varlen"
+
+    for name in ("_triton", "_dense"):
+        real = getattr(packed_attention, name)
+        monkeypatch.setattr(packed_attention, name, lambda *a, n=name, f=real: [used.append(n), f(*a)][1])
+    monkeypatch.setattr(backends, "_broken", {})
+    monkeypatch.setattr(packed_attention, "choose_backend", choose)
+    monkeypatch.setattr(packed_attention, "_varlen", fail)
+    with backends.prefer(prefer):
+        with pytest.warns(KernelWarning, match="^torch's varlen attention does not work here, another is used"):
+            found = case.run("auto")
+        again = case.run("auto")
+    assert [*backends.broken()] == ["varlen"] and used[0] == f"_{choice}"
+    for ours, same, wanted in zip(found, again, expected, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+            assert torch.equal(ours, same)
+    monkeypatch.setattr(backends, "_broken", {})
+    q, k, v = (torch.zeros(3, 1, 16) for _ in range(3))
+    with pytest.raises(ValueError, match=r"share a type.*float32, torch\.float16"):
+        attention(q, k.half(), v, torch.tensor([0, 3]), scale=1, max_length=3)
+    assert not backends.broken()
 
 
 def test_wrong_arguments_are_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

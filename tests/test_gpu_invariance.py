@@ -143,7 +143,7 @@ def test_every_product_of_a_model_is_the_kernels(name: str, monkeypatch: pytest.
     """Layers and heads, interpreted: none goes to torch, the numbers are those of torch, and a sequence has the same
     bits alone and among others."""
     model = MODELS[name]()
-    net, ids = model.net, [model.tokenizer.encode(sequence) for sequence in SEQUENCES]
+    net, ids = model.net.to(DEVICE), [model.tokenizer.encode(sequence) for sequence in SEQUENCES]
     device = next(net.parameters()).device
 
     def logits(rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -186,14 +186,39 @@ def test_varlen_does_not_split_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert splits == [None, 1]
 
 
+def test_one_call_tells_whether_keys_need_not_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def varlen(q: Tensor, *rest: object) -> Tensor:
+        asked.append(is_batch_invariant())
+        if len(asked) > 1:
+            raise ValueError("num_splits requires another FlashAttention")
+        return q
+
+    monkeypatch.setattr(packed_attention, "_varlen", varlen)
+    packed_attention.takes_one_split.cache_clear()
+    try:
+        for takes in (True, False):
+            assert packed_attention.takes_one_split(torch.device("cpu")) is takes
+            assert packed_attention.takes_one_split(torch.device("cpu")) is takes
+            packed_attention.takes_one_split.cache_clear()
+    finally:
+        packed_attention.takes_one_split.cache_clear()
+    assert asked == [True, True]
+
+
 def test_which_attention_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     q, bias = torch.empty(1, 2, 16, dtype=torch.bfloat16, device="meta"), RelativeBias(torch.zeros(2, 1))
     monkeypatch.setattr(packed_attention, "choose_backend", lambda q, bias: "dense" if bias else "varlen")
     monkeypatch.setattr(packed_attention, "varlen_parameters", lambda: {"scale", "window_size", "num_splits"})
+    monkeypatch.setattr(packed_attention, "takes_one_split", lambda device: True)
     assert packed_attention.invariant_backend(q, None) == "varlen"
     with pytest.raises(ValueError, match=r"no batch-invariant attention in torch.bfloat16 with a bias here"):
         packed_attention.invariant_backend(q.new_empty(1, 2, packed_attention.LARGEST_HEAD + 1), bias)
     assert packed_attention.invariant_backend(q, bias) == "triton"
+    monkeypatch.setattr(packed_attention, "takes_one_split", lambda device: False)
+    assert packed_attention.invariant_backend(q, None) == "triton"
+    monkeypatch.setattr(packed_attention, "takes_one_split", lambda device: True)
     monkeypatch.setattr(packed_attention, "varlen_parameters", lambda: {"scale", "window_size"})
     assert packed_attention.invariant_backend(q, None) == "triton"
     with pytest.raises(ValueError, match=r"in torch\.float64 here"):

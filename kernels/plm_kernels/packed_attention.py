@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plm_kernels import backends, reference
-from plm_kernels.invariance import is_batch_invariant
+from plm_kernels.invariance import batch_invariant, is_batch_invariant
 from plm_kernels.reference import RelativeBias
 
 T = TypeVar("T")
@@ -83,6 +83,8 @@ def attention(
         backend = invariant_backend(q, bias)
     elif backend == "auto":
         backend = choose_backend(q, bias)
+        if backend == "varlen":
+            return _varlen_or_other(q, k, v, how)
         if backend == "triton" and backends.preferred() == "auto":
             return _triton_or_dense(q, k, v, how)
     if backend not in _BACKENDS:
@@ -104,7 +106,7 @@ def attention_choice(device: str, dtype: torch.dtype, head_size: int, *, bias: b
     """What ``backend="auto"`` means in this process for heads of this size and type, with a bias and without.
 
     On a CPU segments. On CUDA without a bias varlen, torch's own FlashAttention; with one, or where torch has none, the
-    Triton kernel; else, and in float64, dense. ``backends.prefer`` is obeyed.
+    Triton kernel; else, and in float64, dense. What failed before is left out, and ``backends.prefer`` is obeyed.
     """
     fits = dtype in TRITON_TYPES and head_size <= LARGEST_HEAD
     preferred = backends.preferred()
@@ -114,18 +116,21 @@ def attention_choice(device: str, dtype: torch.dtype, head_size: int, *, bias: b
         return "segments"
     if device != "cuda":
         return "dense"
-    if fits and not bias and dtype != torch.float32 and head_size % 8 == 0 and varlen_available():
+    failed = backends.broken()
+    halves = fits and dtype != torch.float32 and head_size % 8 == 0
+    if halves and not bias and varlen_available() and "varlen" not in failed:
         return "varlen"
-    broken = "attention" in backends.broken() or (torch.is_grad_enabled() and "attention backward" in backends.broken())
+    broken = "attention" in failed or (torch.is_grad_enabled() and "attention backward" in failed)
     return "triton" if fits and preferred != "torch" and backends.triton_available() and not broken else "dense"
 
 
 def invariant_backend(q: Tensor, bias: RelativeBias | None) -> str:
-    """What it means on CUDA in a ``batch_invariant`` scope: varlen if it can be told not to split keys, else triton.
+    """What it means on CUDA in a ``batch_invariant`` scope: varlen if it takes being told not to split keys, else
+    triton.
 
     Raises: ValueError for float64, or where no backend keeps the promise.
     """
-    fits = choose_backend(q, bias) == "varlen" and "num_splits" in varlen_parameters()
+    fits = choose_backend(q, bias) == "varlen" and "num_splits" in varlen_parameters() and takes_one_split(q.device)
     if not fits and (q.dtype not in TRITON_TYPES or q.shape[-1] > LARGEST_HEAD):
         raise ValueError(
             f"there is no batch-invariant attention in {q.dtype}{'' if bias is None else ' with a bias'} here: torch's "
@@ -138,6 +143,24 @@ def invariant_backend(q: Tensor, bias: RelativeBias | None) -> str:
 def varlen_available() -> bool:
     """Whether this torch carries FlashAttention for packed sequences, with the arguments that are used here."""
     return {"scale", "window_size"} <= varlen_parameters()
+
+
+@cache
+def takes_one_split(device: torch.device) -> bool:
+    """Whether varlen attention runs with ``num_splits=1`` on this device: an argument may be there and be refused.
+
+    One call on a token tells. It is made once, and before anything is recorded, as what is recorded has run before.
+    """
+    x, offsets = torch.zeros(1, 1, 16, dtype=torch.float16, device=device), torch.tensor([0, 1], dtype=torch.int32)
+    here = offsets.to(device)
+    try:
+        with torch.no_grad(), batch_invariant():
+            _varlen(x, x, x, How(here, here, 1.0, False, None, 1, 1))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # libraries fail with errors of many classes
+        return False
+    return True
 
 
 @cache
@@ -224,20 +247,37 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, how: How, rescue: Rescue | None = N
     return gpu.attention(q, k, v, table=table, scale=how.scale, causal=how.causal, **bounds, rescue=rescue)
 
 
+def _varlen_or_other(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    """torch's varlen attention; where it fails (GPUs before Ampere, builds without FlashAttention), a warning, and what
+    "auto" means without it from then on."""
+
+    def other() -> Tensor:
+        triton = choose_backend(q, how.bias) == "triton"
+        return (_triton_or_dense if triton else _dense)(q, k, v, how)
+
+    _check_alike(q, k, v, how)
+    told = "torch's varlen attention does not work here, another is used"
+    return backends.attempt("varlen", partial(_varlen, q, k, v, how), other, told)
+
+
 def _triton_or_dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     """The Triton kernel; where it or its backward pass fails, a warning, and the dense backend from then on."""
 
     def rescue(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
         return _dense(q, k, v, replace(how, bias=None if table is None else RelativeBias(table)))
 
-    # Wrong arguments are no fault of the kernel, and must not look like one.
+    _check_alike(q, k, v, how)
+    return backends.attempt("attention", partial(_triton, q, k, v, how, rescue), partial(_dense, q, k, v, how))
+
+
+def _check_alike(q: Tensor, k: Tensor, v: Tensor, how: How) -> None:
+    """Wrong arguments are no fault of a kernel, and must not look like one."""
     tensors = (q, k, v, how.offsets, how.key_offsets, *([how.bias.table] if how.bias else []))
     if len(places := {x.device for x in tensors}) > 1 or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             "q, k and v must share a type, and a device with the offsets and the bias; "
             f"got {q.dtype}, {k.dtype}, {v.dtype} on {', '.join(map(str, places))}"
         )
-    return backends.attempt("attention", partial(_triton, q, k, v, how, rescue), partial(_dense, q, k, v, how))
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
