@@ -186,18 +186,19 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, table, offsets, key_offsets, scale, causal, rescue):
         out, sums = forward(q, k, v, table, offsets, key_offsets, scale, causal, keep_sums=True)
-        ctx.save_for_backward(q, k, v, table, offsets, key_offsets, out, sums)
+        ctx.save_for_backward(q, k, v, table, out, sums)
+        ctx.bounds = offsets, key_offsets  # which may come from inference mode: such tensors cannot be saved there
         ctx.scale, ctx.causal, ctx.rescue = scale, causal, rescue
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        q, k, v, table, offsets, key_offsets, out, sums = ctx.saved_tensors
+        q, k, v, table, out, sums = ctx.saved_tensors
 
         def kernels():
-            bounds, wanted = (offsets, key_offsets), table is not None and ctx.needs_input_grad[3]
-            return gradients(q, k, v, table, *bounds, ctx.scale, ctx.causal, out, sums, gradient, wanted)
+            wanted, (offsets, key_offsets) = table is not None and ctx.needs_input_grad[3], ctx.bounds
+            return gradients(q, k, v, table, offsets, key_offsets, ctx.scale, ctx.causal, out, sums, gradient, wanted)
 
         def plain():
             with torch.enable_grad():
