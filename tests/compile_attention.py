@@ -1,4 +1,6 @@
-"""Compile attention's kernels for an H200 without having one, as launches of given shapes would. Run as a script.
+"""Compile attention's kernels for a GPU that is not there, as launches of given shapes would. Run as a script.
+
+The arguments are the cases, as JSON, and the GPU's compute capability: 90 is an H200, 80 an A100.
 
 A process that interprets kernels cannot compile them, so this is one of its own. Unlike ``kernel_compile.py`` it lets
 Triton's launcher specialise the arguments, with a driver that is not there: the three kernels of a call with its
@@ -20,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from plm_kernels.gpu import attention as gpu
+from plm_kernels.gpu import attention_backward
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 rows: list[dict[str, Any]] = []
@@ -29,7 +32,7 @@ class Absent:
     """As much of a driver as compiling asks for."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", int(sys.argv[2]), 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -71,6 +74,7 @@ def compile_case(head_size: int, dtype: str, bias: bool, causal: bool, backward:
 
 if __name__ == "__main__":
     driver.set_active(Absent())
+    attention_backward.capability = lambda x: int(sys.argv[2]) // 10
     compile_only, JITFunction.run = JITFunction.run, record
     for case in json.loads(sys.argv[1]):
         compile_case(*case)

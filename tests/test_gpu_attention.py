@@ -1,14 +1,10 @@
-"""Attention in Triton against the plain formula: values, gradients, invariances, faults, and whether it compiles.
+"""Attention in Triton against the plain formula: values, gradients, invariances and faults.
 
 Interpreted where there is no GPU (see kernel_device.py), so sizes are small, and odd. Tiles are of 16 to 128 tokens.
 """
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from kernel_compile import needs_compiler, printed_by
 from kernel_device import DEVICE, HALF
 from torch import Tensor
 
@@ -347,14 +343,30 @@ def test_wrong_arguments_are_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPa
     assert not backends.broken()
 
 
-@needs_compiler
-def test_it_compiles_for_an_h200(tmp_path: Path) -> None:
-    """All three kernels, at the head size of T5 and ESM-2, with little spilled. No GPU is needed for it."""
-    cases = [(64, "bfloat16", True, False, True), (64, "bfloat16", False, True, False)]
-    rows = json.loads(printed_by("compile_attention.py", tmp_path, json.dumps(cases)))
-    assert [row["kernel"] for row in rows] == ["attend", "by_queries", "by_keys", "attend"]
-    for row in rows:
-        assert row["products"] == "wgmma", row
-        # 0 with Triton 3.6. Another compiler may differ by some bytes; hundreds would say that tiles are too large.
-        assert row["stack"] <= 64, row
-        assert row["shared"] <= 227 * 1024, row
+def test_offsets_from_inference_mode() -> None:
+    """Whoever trains on batches that were made for predictions."""
+    case = Case(16, torch.float32, 3, lengths=(5, 2))
+    wanted = case.run("triton")
+    with torch.inference_mode():
+        case.offsets = case.offsets.clone()
+    assert case.offsets.is_inference()
+    assert all(map(torch.equal, case.run("triton"), wanted))
+
+
+def test_tiles_of_the_backward_pass() -> None:
+    from plm_kernels.gpu.attention_backward import Tiles, capability, tiles
+
+    assert capability(torch.zeros(1)) == 9
+    for generation in (7, 8, 9, 10, 12):
+        small = generation not in (9, 10)
+        assert tiles(64, torch.bfloat16, True, generation) == (Tiles(32, 32, 4, 2) if small else Tiles(64, 64, 4, 2))
+        assert tiles(64, torch.bfloat16, False, generation) == Tiles(64, 64, 4, 2)
+        assert tiles(128, torch.float16, True, generation) == Tiles(64, 64, 8, 2)
+        assert tiles(64, torch.float32, True, generation) == Tiles(32, 32, 8, 1)
+
+
+@pytest.mark.parametrize("reach", [2, 40])
+def test_smaller_tiles_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch, reach: int) -> None:
+    """As of an A100, wherever this runs."""
+    monkeypatch.setattr("plm_kernels.gpu.attention_backward.capability", lambda x: 8)
+    Case(24, HALF, reach, lengths=(70, 1, 33)).check(gradients=True)

@@ -33,13 +33,22 @@ from plm_kernels.gpu.attention_tiles import (
 )
 
 
-def tiles(head_size: int, dtype: torch.dtype) -> Tiles:
-    """Sizes by head size and type; square, so that diagonals go on from tile to tile.
+def capability(x: Tensor) -> int:
+    """The generation of x's GPU. Without one kernels are interpreted, or compiled for an H200: 9."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
+def tiles(head_size: int, dtype: torch.dtype, bias: bool, generation: int) -> Tiles:
+    """Sizes by head size, type and GPU; square, so that diagonals go on from tile to tile.
 
     Compiled for an H200, up to 40 bytes per thread spill (``by_keys`` of large heads, and of T5's decoder), and 200 in
-    float32 at 256 channels. No size was chosen by timing.
+    float32 at 256 channels. Other GPUs than Hopper (9) and its data-centre successor (10) keep both factors of a
+    product in registers: with a bias, tiles of 64 would spill up to 4,800 bytes of a thread on an A100, those of 32
+    spill none. No size was chosen by timing.
     """
     width = padded(head_size)
+    if dtype != torch.float32 and width <= 64 and bias and generation not in (9, 10):
+        return Tiles(32, 32, 4, 2)
     if dtype == torch.float32:
         return Tiles(32, 32, 8, 1) if width <= 64 else Tiles(16, 16, 8, 1)
     return Tiles(64, 64, 4, 2) if width <= 64 else Tiles(64, 64, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
@@ -282,7 +291,8 @@ def gradients(
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     deltas = torch.empty_like(sums)
-    size, step, reach = tiles(head_size, q.dtype), unit(q, k, v, out, gradient), reach_of(table)
+    size = tiles(head_size, q.dtype, table is not None, capability(q))
+    step, reach = unit(q, k, v, out, gradient), reach_of(table)
     sequences = len(offsets) - 1
     programs, key_programs = ((len(x) // size.rows + sequences, heads) for x in (q, k))
     around = -(-max(reach - 1, 0) // size.rows)
