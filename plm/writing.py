@@ -173,7 +173,9 @@ def network(model: Model, how: Settings) -> Network:
 
 
 def graphed(model: Model, how: Settings) -> bool:
-    return how.cuda_graphs and model.device.type == "cuda" and isinstance(model.net, ProGen2)
+    """Not under autocast: what is recorded there would stay as it was when the scope has ended."""
+    able = model.device.type == "cuda" and isinstance(model.net, ProGen2)
+    return how.cuda_graphs and able and not torch.is_autocast_enabled("cuda")
 
 
 def cache_bytes(model: Model, how: Settings, room: Room) -> int:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from plm.models.progen2 import Config, ProGen2
 from plm.packing import Packed
 from plm.recording import GraphWarning
 from plm.sampling import Rules, Sampler, streams
+from plm.writing import Settings, graphed
 from plm_kernels import batch_invariant
 
 CONFIG = Config(32, 30, 2, 32, 4, 4, 48, max_length=400)
@@ -166,6 +168,19 @@ def test_a_model_keeps_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert other.steps.kept is not kept
     monkeypatch.setattr("plm.writing.KEPT_BYTES", 1)
     assert write() == wanted and model.steps.kept is None
+
+
+def test_nothing_is_recorded_under_autocast(net: ProGen2) -> None:
+    model: Any = SimpleNamespace(device=torch.device("cuda"), net=net)
+    found = []
+    for on in (True, False):
+        torch.set_autocast_enabled("cuda", on)
+        try:
+            found.append(graphed(model, Settings()))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert found == [False, True]
+    assert not graphed(model, Settings(cuda_graphs=False))
 
 
 def test_the_loop_writes_the_same(net: ProGen2) -> None:
