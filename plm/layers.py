@@ -57,7 +57,10 @@ def unpacked() -> Iterator[None]:
 
 
 class PackedWeight:
-    """A weight in a device's preferred layout, made at the first prediction and again whenever the weight changes."""
+    """A weight in a device's preferred layout, made at the first prediction and again whenever the weight changes.
+
+    On CUDA a change shows by the weight's place and version alone, so an edit of ``weight.data`` goes unseen there.
+    """
 
     def __init__(self, pack: Callable[[Tensor], Tensor | None] = pack_weight, device: str = "cpu") -> None:
         self.pack, self.device = pack, device

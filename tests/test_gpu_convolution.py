@@ -185,7 +185,7 @@ def test_taps_are_kept_until_a_filter_changes() -> None:
     with torch.no_grad():
         first = layer.taps(x)
         assert torch.equal(first, layer.weight.permute(2, 1, 0)) and layer.taps(x) is first
-        layer.weight.data.mul_(2)
+        layer.weight.mul_(2)
         assert torch.equal(layer.taps(x), 2 * first)
         again = copy.deepcopy(layer)
         assert again.turned.device == DEVICE.type and again.turned.packed is None

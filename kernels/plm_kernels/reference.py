@@ -215,7 +215,7 @@ def global_attention(
         logits = scale * torch.einsum("hd,thd->ht", q[i], k[i, kept])
         weights = logits.softmax(-1, dtype=precise).to(q.dtype)
         mixed.append(torch.einsum("ht,the->he", weights, v[i, kept]))
-        maps.append(torch.zeros(len(weights), len(kept), dtype=q.dtype).masked_scatter(kept, weights))
+        maps.append(weights.new_zeros(len(weights), len(kept)).masked_scatter(kept, weights))
     return torch.stack(mixed), torch.stack(maps)
 
 
