@@ -37,7 +37,7 @@ def test_gates_equal_the_formula(shape: tuple[int, int], activation: Gate, dtype
     assert ours.dtype == dtype
     if ours.numel():
         truth = reference.gated(x.double(), activation)
-        assert error(ours, truth) <= allowed(reference.gated(x, activation), truth)
+        assert error(ours, truth) <= allowed(reference.gated(x, activation), truth, exponentials=activation != "gelu")
 
 
 @pytest.mark.parametrize("activation", GATES)
@@ -97,7 +97,7 @@ def test_the_activations_are_told_apart() -> None:
     x = inputs(33, 320, torch.float32)
     for activation in GATES:
         truth = reference.gated(x.double(), activation)
-        bound = allowed(reference.gated(x, activation), truth)
+        bound = allowed(reference.gated(x, activation), truth, exponentials=activation != "gelu")
         for other in GATES:
             wrong = gated(x, other, backend="triton")
             assert (error(wrong, truth) > bound) == (other != activation)
