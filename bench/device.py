@@ -37,10 +37,10 @@ from on_device.job import Job, read_facts
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "bench" / "results" / "device"
 # Seconds of nine minutes. What a phase leaves goes to those after it.
-SHARES = {"environment": 25, "kernels": 180, "parity": 75, "suite": 255}
+SHARES = {"environment": 45, "kernels": 180, "parity": 75, "suite": 225}
 CHECKING = ("kernels", "parity")
 PARTS = {"kernels": 6, "parity": 6}  # processes on a GPU: compiling kernels is work for the CPU
-WRITING = 5  # seconds for the last report
+WRITING = 15  # seconds for the last report, and before it to stop a phase that does not stop by itself
 GRACE = 4  # seconds between asking a process to stop and stopping it
 
 
@@ -105,6 +105,8 @@ class Run:
         command += ["--device", self.args.device, "--output", str(self.args.output)]
         command += ["--quick"] * self.args.quick + ["--workloads", *self.args.workloads]
         variables = environment(self.args.device)
+        if len(self.lines) > 1:  # each would take all cores, and wait for the others
+            variables["OMP_NUM_THREADS"] = "2"
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
 
     def say(self, told: int) -> int:

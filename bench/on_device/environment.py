@@ -35,7 +35,7 @@ def smi() -> dict[str, str]:
     """Clocks and reasons for throttling as the driver tells them; nothing is set."""
     command = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return {"nvidia-smi": f"not usable ({type(error).__name__})"}
     return dict(zip(SMI.split(","), (x.strip() for x in told.splitlines()[0].split(",")), strict=False))
