@@ -369,3 +369,23 @@ def test_without_transformers_ours_runs_alone(job: Job, monkeypatch: pytest.Monk
     for fact in races:
         assert "plm" in fact["result"]["contestants"]
         assert any("transformers" in who for who in fact["result"]["missing"])
+
+
+def test_transformers_that_fails_costs_the_peer_alone(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that wants other arguments, say: also of ESMFold's block, which has its weights by then."""
+    transformers = pytest.importorskip("transformers")
+    from on_device import others
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr(transformers, "EsmConfig", fail)
+    monkeypatch.setattr(others, "hub_block", fail)
+    for workload in (w1("esm2-8m", 3, "pt"), others.w7(64, "float32")):
+        suite.contest(job, suite.Entry(workload, 0), SETTINGS)
+    races = [fact for fact in facts(job) if fact["kind"] == "race"]
+    assert len(races) == 2 and all(fact["ok"] for fact in races)
+    for fact in races:
+        assert any("plm" in who for who in fact["result"]["contestants"])
+        reasons = [why for who, why in fact["result"]["missing"].items() if "transformers" in who]
+        assert reasons and all("TypeError: unexpected keyword" in why for why in reasons)

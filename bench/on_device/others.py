@@ -113,8 +113,7 @@ def decoding(settings: Settings, size: str, texts: int, tokens: int, peer_too: b
         return write
 
     def peer() -> Callable[[Any], Any]:
-        if theirs is None:
-            raise Missing("transformers is not installed")
+        hub = twins.present(theirs)
         from transformers import GenerationConfig
 
         how = GenerationConfig(
@@ -122,7 +121,7 @@ def decoding(settings: Settings, size: str, texts: int, tokens: int, peer_too: b
             use_cache=True, do_sample=True, top_k=0, num_return_sequences=texts,
         )  # fmt: skip
         ids = torch.tensor([prompt], device=settings.device)
-        return lambda given: theirs.generate(ids, how, attention_mask=torch.ones_like(ids))
+        return lambda given: hub.generate(ids, how, attention_mask=torch.ones_like(ids))
 
     new = tokens - prompt_tokens
     per_token = 2 * net.config.layers * net.config.channels * dtype.itemsize  # of keys and values
@@ -160,8 +159,9 @@ def fold_block(settings: Settings, length: int, dtype: str) -> Contest:
     twins.fill(whole)
     try:
         theirs = hub_block(whole, config, settings.device)
-    except ImportError:
-        theirs = None
+    except Exception as error:  # another version fails in its own way
+        theirs = twins.lost(error)
+        twins.fill(whole)  # it may have taken some of theirs
     net = converted(whole, DTYPES[dtype])
     generator = torch.Generator().manual_seed(1)
     shapes = ((length, config.channels), (length, length, config.pair))

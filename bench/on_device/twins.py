@@ -1,9 +1,10 @@
 """Published shapes with random weights, made on the device: in transformers' classes, and in ours through our key maps.
 
-Where transformers is not installed ours are filled at random all the same, and the peers are missing.
+Where transformers is not installed, or fails, ours are filled at random all the same, and the peers are missing.
 """
 
 import copy
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from measuring import Missing
 from torch import Tensor, nn
 
+from on_device.job import describe, forget
 from on_device.networks import fill
 from plm.families import BY_NAME
 from plm.loading import Model, Origin
@@ -57,13 +59,38 @@ def usable(name: str) -> bool:
     return "inv_freq" not in name and "contact_head" not in name and "position_ids" not in name
 
 
-def alone(build: Callable[[], nn.Module], device: str) -> tuple[None, nn.Module]:
-    """Ours with random weights, and no peer: transformers is missing."""
+def pair(
+    both: Callable[[], tuple[Any, nn.Module]], alone: Callable[[], nn.Module], device: str
+) -> tuple[Any, nn.Module]:
+    """A peer and ours with its weights. Where anything of the peer's fails: why it is missing, and ours with others."""
+    try:
+        return both()
+    except Exception as error:  # another version fails in its own way
+        missing = lost(error)
     with torch.device("meta"):
-        net = build()
+        net = alone()
     net = net.to_empty(device=device).requires_grad_(False).eval()
     fill(net)
-    return None, net
+    return missing, net
+
+
+def lost(error: Exception) -> Missing:
+    """Why a peer is missing."""
+    if isinstance(error, ImportError):
+        return Missing(f"transformers is not installed ({error})")
+    traceback.print_exc()
+    forget(error)
+    return Missing(f"transformers' network could not be made: {describe(error)}")
+
+
+def present(theirs: Any) -> Any:
+    """The peer.
+
+    Raises: Missing, with the reason, if there is none.
+    """
+    if isinstance(theirs, Missing):
+        raise Missing(str(theirs))
+    return theirs
 
 
 # ESM-2
@@ -78,12 +105,14 @@ def esm_config(name: str, quick: bool, head: bool) -> esm.Config:
 
 
 def esm2(name: str, device: str, quick: bool, *, head: bool = False) -> tuple[Any, nn.Module]:
-    """transformers' encoder (None where it is missing) and ours, in float32; ``head``: with the one for residues."""
+    """transformers' encoder (or why it is missing) and ours, in float32; ``head``: with the one for residues."""
     config = esm_config(name, quick, head)
-    try:
-        from transformers import EsmConfig, EsmForMaskedLM, EsmModel
-    except ImportError:
-        return alone(lambda: esm.ESM(config), device)
+    return pair(lambda: both_esm2(config, device, head), lambda: esm.ESM(config), device)
+
+
+def both_esm2(config: esm.Config, device: str, head: bool) -> tuple[Any, nn.Module]:
+    from transformers import EsmConfig, EsmForMaskedLM, EsmModel
+
     settings = EsmConfig(
         vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=config.channels, num_hidden_layers=config.layers,
         num_attention_heads=config.heads, intermediate_size=config.feed_forward, position_embedding_type="rotary",
@@ -103,9 +132,7 @@ def esm2(name: str, device: str, quick: bool, *, head: bool = False) -> tuple[An
 
 def in_dtype(theirs: Any, dtype: torch.dtype) -> Any:
     """A copy of a peer, as ``from_pretrained(dtype=...)`` gives it: rotary frequencies stay in float32."""
-    if theirs is None:
-        raise Missing("transformers is not installed")
-    kept = {name: x.clone() for name, x in theirs.named_buffers() if name.endswith("inv_freq")}
+    kept = {name: x.clone() for name, x in present(theirs).named_buffers() if name.endswith("inv_freq")}
     copied = copy.deepcopy(theirs).to(dtype)
     for name, x in copied.named_buffers():
         if name in kept:
@@ -118,12 +145,14 @@ def in_dtype(theirs: Any, dtype: torch.dtype) -> Any:
 
 def ankh3(device: str, quick: bool) -> tuple[Any, nn.Module]:
     """Ankh3-large's encoder: 48 layers of 1,536 channels, 16 heads of 64, a gated feed-forward of 3,840."""
-    sizes = (64, 2, 96, 2) if quick else (1536, 16, 3840, 48)
-    try:
-        from transformers import T5Config, T5EncoderModel
-    except ImportError:
-        c, h, f, layers = sizes
-        return alone(lambda: t5.T5(t5.Config(256, layers, 0, c, h, 64, f, "gated-silu", buckets=64)), device)
+    c, h, f, layers = (64, 2, 96, 2) if quick else (1536, 16, 3840, 48)
+    config = t5.Config(256, layers, 0, c, h, 64, f, "gated-silu", buckets=64)
+    return pair(lambda: both_ankh3((c, h, f, layers), device), lambda: t5.T5(config), device)
+
+
+def both_ankh3(sizes: Sequence[int], device: str) -> tuple[Any, nn.Module]:
+    from transformers import T5Config, T5EncoderModel
+
     settings = {
         "vocab_size": 256, "d_model": sizes[0], "d_kv": 64, "num_heads": sizes[1], "d_ff": sizes[2],
         "num_layers": sizes[3], "feed_forward_proj": "gated-silu", "relative_attention_num_buckets": 64,
@@ -138,10 +167,14 @@ def ankh3(device: str, quick: bool) -> tuple[Any, nn.Module]:
 def igbert(device: str, quick: bool) -> tuple[Any, nn.Module]:
     """IgBert: 30 layers of 1,024 channels, 16 heads."""
     c, h, f, layers = (64, 2, 128, 2) if quick else (1024, 16, 4096, 30)
-    try:
-        from transformers import BertConfig, BertModel
-    except ImportError:
-        return alone(lambda: bert.BERT(bert.Config(30, layers, c, h, f, 40000, 2, lm_head=False)), device)
+    config = bert.Config(30, layers, c, h, f, 40000, 2, lm_head=False)
+    return pair(lambda: both_igbert((c, h, f, layers), device), lambda: bert.BERT(config), device)
+
+
+def both_igbert(sizes: Sequence[int], device: str) -> tuple[Any, nn.Module]:
+    from transformers import BertConfig, BertModel
+
+    c, h, f, layers = sizes
     settings = {
         "vocab_size": 30, "hidden_size": c, "num_hidden_layers": layers, "num_attention_heads": h,
         "intermediate_size": f, "max_position_embeddings": 40000, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
@@ -159,12 +192,16 @@ PROGEN2 = {"small": (12, 1024, 16, 32), "base": (27, 1536, 16, 48)}
 
 def progen2(name: str, device: str, dtype: torch.dtype, quick: bool) -> tuple[Any, nn.Module]:
     """GPT-J, which has ProGen2's architecture, and ours with the same weights, both in ``dtype``."""
-    layers, c, heads, turned = (2, 64, 8, 4) if quick else PROGEN2[name]
-    try:
-        from transformers import GPTJConfig, GPTJForCausalLM
-    except ImportError:
-        config = model.Config(32, 32, layers, c, heads, turned, 4 * c, 2048)
-        return None, alone(lambda: model.ProGen2(config), device)[1].to(dtype)
+    layers, c, heads, turned = sizes = (2, 64, 8, 4) if quick else PROGEN2[name]
+    config = model.Config(32, 32, layers, c, heads, turned, 4 * c, 2048)
+    theirs, net = pair(lambda: both_progen2(sizes, device), lambda: model.ProGen2(config), device)
+    return (theirs if isinstance(theirs, Missing) else theirs.to(dtype)), net.to(dtype)
+
+
+def both_progen2(shape: Sequence[int], device: str) -> tuple[Any, nn.Module]:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    layers, c, heads, turned = shape
     sizes = {
         "n_layer": layers, "n_embd": c, "n_head": heads, "rotary_dim": turned, "n_positions": 2048, "vocab_size": 32,
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
@@ -173,8 +210,7 @@ def progen2(name: str, device: str, dtype: torch.dtype, quick: bool) -> tuple[An
     torch.manual_seed(0)
     with torch.device(device):
         theirs = GPTJForCausalLM(GPTJConfig(**sizes)).requires_grad_(False).eval()
-    net = ours(ProGen2Names(theirs), "progen2", {**sizes, "model_type": "progen"})
-    return theirs.to(dtype), net.to(dtype)
+    return theirs, ours(ProGen2Names(theirs), "progen2", {**sizes, "model_type": "progen"})
 
 
 class ProGen2Names:
