@@ -37,7 +37,7 @@ from on_device.job import Job, read_facts
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "bench" / "results" / "device"
 # Seconds of nine minutes. What a phase leaves goes to those after it.
-SHARES = {"environment": 45, "kernels": 180, "parity": 75, "suite": 225}
+SHARES = {"environment": 45, "kernels": 160, "parity": 65, "suite": 255}
 CHECKING = ("kernels", "parity")
 PARTS = {"kernels": 6, "parity": 6}  # processes on a GPU: compiling kernels is work for the CPU
 WRITING = 15  # seconds for the last report, and before it to stop a phase that does not stop by itself

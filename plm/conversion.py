@@ -13,6 +13,7 @@ from torch import Tensor
 from plm.families import CONFIGURED, FAMILIES, Config, Family
 from plm.loading import Opened, locate, open_checkpoint
 from plm.models import esm, proteinbert
+from plm.outline import outlines
 from plm.placement import choose_stored
 from plm_weights import (
     CheckpointError,
@@ -91,7 +92,7 @@ def convert(
     opened = open_checkpoint(path)
     family, config, tokenizer = opened.family, opened.config, tokenizer_files(opened)
     files = planned(Path(target), to, config, row, tokenizer)
-    with torch.device("meta"):
+    with outlines():
         want = family.network(config).state_dict()
     state = opened.state(want)
     if to != "original":

@@ -16,6 +16,7 @@ from plm.invariance import check_promise
 from plm.layers import Linear
 from plm.models.t5 import T5
 from plm.origins import LicenceNotice, Notice, Origin, SpeedNotice, VocabularyNotice, WeightFile, origin
+from plm.outline import outlines
 from plm.placement import DTYPES, EIGHT_BIT, MIXED, Precision, choose_device, choose_precision, kept_in
 from plm.processor import bfloat16_unit
 from plm.recording import Lent
@@ -234,7 +235,7 @@ def load(
 def build(opened: Opened, device: torch.device, precision: Precision) -> Network:
     """The network of an opened checkpoint, filled and in eval mode."""
     family = opened.family
-    with torch.device("meta"):
+    with outlines():
         net = family.network(opened.config)
     state = family.loaded(opened.layout, opened.state(net.state_dict()), opened.config)
     layers = {name: module for name, module in net.named_modules() if isinstance(module, Linear) and name not in HEADS}

@@ -3,10 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from plm.families import BY_NAME
 from plm.loading import ORIGINAL, Model, Origin
+from plm.outline import outlines
 from plm_weights import UnknownModelError
 from plm_weights.registry import find
 
@@ -26,7 +25,7 @@ def preview(source: str) -> Model | None:
         return None
     family = BY_NAME[row.family]
     config = family.config(**row.config)
-    with torch.device("meta"):
+    with outlines():
         net = family.network(config).eval()
     tokenizer = family.tokenizer(config)
     if row.pairs is False:

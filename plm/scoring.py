@@ -14,6 +14,7 @@ from plm.loading import Model
 from plm.models.progen2 import ProGen2
 from plm.models.proteinbert import ProteinBERT
 from plm.models.t5 import START, T5
+from plm.outline import outlines
 from plm.packing import Packed, batches
 from plm.running import Proteins
 
@@ -250,7 +251,7 @@ def letter_head(model: Model) -> Linear:
     letters = torch.tensor(model.tokenizer.residue_ids, device=model.device)
     precise = torch.promote_types(model.dtype, torch.float32)
     rows = {name: x[letters].to(precise) for name, x in model.net.lm_head.state_dict().items()}
-    with torch.device("meta"):
+    with outlines():
         head = Linear(model.net.config.channels, len(letters))
     head.load_state_dict(rows, assign=True)
     return head

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
-BASICS = {"plm.layers", "plm.packing", "plm.tokens", "plm.vocabularies", "plm.cache"}
+BASICS = {"plm.layers", "plm.packing", "plm.tokens", "plm.vocabularies", "plm.cache", "plm.outline"}
 VERBS = {
     "plm.generation",
     "plm.prompts",
@@ -76,7 +76,8 @@ ALLOWED: dict[str, set[str]] = {
         *("plm.origins", "plm.encoder_graphs", "plm.invariance", "plm.graphs", "plm.recording"),
         *BASICS,
     },
-    "plm.previews": {"torch", "plm_weights", "plm.families", "plm.loading"},
+    "plm.outline": {"torch"},
+    "plm.previews": {"torch", "plm_weights", "plm.families", "plm.loading", "plm.outline"},
     "plm.conversion": {"torch", "plm_weights", "plm.models", "plm.families", "plm.loading", "plm.placement", *BASICS},
     "plm.peers": {"torch", "plm_weights", "plm.families", "plm.loading", "plm.models", "plm.esmfold", *BASICS, *PEERS},
     "plm.verification": {
@@ -163,3 +164,10 @@ def test_importing_plm_imports_nothing_heavy() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path})
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
+
+
+def test_loading_imports_no_compiler(random_8m: Path) -> None:
+    """Some operations on the device ``meta`` make torch import it: a second before the first embedding."""
+    code = f"import sys, plm; plm.load({str(random_8m)!r}); print(*{{'torch._dynamo', 'sympy'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []

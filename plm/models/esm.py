@@ -210,7 +210,7 @@ class ESM(nn.Module):
             self.positions = nn.Embedding(config.learned_positions, c)
         else:
             self.frequencies: Tensor
-            self.register_buffer("frequencies", default_frequencies(config.head_size))
+            self.register_buffer("frequencies", default_frequencies(config.head_size).to(self.embed.weight.device))
         if config.norm_before:
             self.norm_before = LayerNorm(c, config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -322,7 +322,8 @@ def default_frequencies(head_size: int) -> Tensor:
     ESM-2 was trained in half precision and its files store these rounded values; exact ones change the logits
     (transformers pull request 19587).
     """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    # On the CPU: to make it on the device "meta" torch would import its compiler.
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu") / head_size
     return (1 / 10000**exponents).half().float()
 
 

@@ -249,7 +249,7 @@ def _shape_faults(step: Step, given: Mapping[str, Tensor], want: Mapping[str, Te
     if not all(name in given for name in step.read):
         return []  # reported by the plan
     try:
-        made = _apply(step, {name: torch.empty_like(given[name], device="meta") for name in step.read})
+        made = _apply(step, {name: _outline(given[name]) for name in step.read})
     except (EinopsError, ValueError) as error:
         return [f"{step.read[0]}: {' '.join(str(error).split())}"]
     return [
@@ -259,11 +259,18 @@ def _shape_faults(step: Step, given: Mapping[str, Tensor], want: Mapping[str, Te
     ]
 
 
+def _outline(x: Tensor) -> Tensor:
+    """The shape of ``x`` on ``meta``. For ``empty_like`` torch would import its compiler."""
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
 def _apply(step: Step, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = [given[name] for name in step.read]
     if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
         raise ValueError("to be stacked, but unlike: " + ", ".join(map(_told, tensors)))
-    whole = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
+    whole = tensors[0]
+    if len(tensors) > 1:  # to stack on ``meta`` torch would import its compiler, for a second
+        whole = whole.new_empty(len(tensors), *whole.shape) if whole.is_meta else torch.stack(tensors)
     if step.view:
         whole = rearrange(whole, step.view, **step.sizes)
     if len(step.written) == 1:
